@@ -1,4 +1,6 @@
-"""Stillroom's public names. `import stillroom` loads none of them: each is imported when it is first used.
+"""Stillroom's public names.
+
+`import stillroom` loads none of them: each is imported when it is first used.
 
 import stillroom
 

@@ -1,4 +1,6 @@
-"""The demonstration's ingredients: prompts, a tokenizer and a small teacher made on the spot, without a network.
+"""The demonstration's ingredients, made on the spot without a network.
+
+They are prompts, a tokenizer and a small teacher.
 
 The text is English that every Python installation carries: the language reference behind `help()`,
 and the docstrings and comments of the standard library. The teacher is trained for a fixed number
@@ -57,7 +59,10 @@ class _Sizes:
 
 
 def make_demo(folder: Path, progress: Progress, *, sizes: _Sizes | None = None) -> Path:
-    """Write teacher, prompts and recipe below `folder`, unless they are there; returns the recipe's path."""
+    """Write teacher, prompts and recipe below `folder`, unless they are there.
+
+    The recipe's path is returned.
+    """
     sizes = sizes or _Sizes()
     recipe, manifest = folder / "recipe.yaml", folder / "demo.json"
     if _made_with(manifest, sizes):
@@ -88,7 +93,10 @@ def make_demo(folder: Path, progress: Progress, *, sizes: _Sizes | None = None) 
 
 
 def documents() -> list[str]:
-    """The corpus: one string per help topic, docstring or comment block, prose only, in a fixed order."""
+    """The corpus, in a fixed order.
+
+    It is one string per help topic, docstring or comment block, and prose only.
+    """
     from pydoc_data.topics import topics
 
     found: dict[str, None] = {}
@@ -158,7 +166,10 @@ def _train_tokenizer(texts: list[str], vocabulary: int) -> "PreTrainedTokenizerF
 def _prompt(
     text: str, tokenizer: "PreTrainedTokenizerFast", sizes: _Sizes
 ) -> dict[str, str] | None:
-    """The opening of a text, cut at the end of a word, and the rest; None where the text is too short for that."""
+    """The opening of a text, cut at the end of a word, and the rest.
+
+    It is None where the text is too short for that.
+    """
     shortest, longest = sizes.prompt_tokens
     places = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)[
         "offset_mapping"
@@ -246,7 +257,10 @@ def _fresh_model(tokenizer: "PreTrainedTokenizerFast", sizes: _Sizes) -> "PreTra
 def _train(
     model: "PreTrainedModel", windows: "torch.Tensor", *, sizes: _Sizes, progress: Progress
 ) -> float:
-    """AdamW with a cosine after a short warm-up; returns the mean loss of the last tenth of the steps."""
+    """Train with AdamW, and a cosine after a short warm-up.
+
+    The mean loss of the last tenth of the steps is returned.
+    """
     import torch
     from torch.nn.functional import cross_entropy
 

@@ -23,7 +23,12 @@ def percent(value: float | None, places: int = 1, *, error: float | None = None)
 
 
 def significant(value: float | None, *, error: float | None = None) -> str:
-    """Four significant digits, all digits of a larger number; with its standard error, where there is one."""
+    """A number as text: four significant digits, or all digits of a larger one.
+
+    Its standard error stands beside it, where there is one.
+
+    Its standard error stands beside it, where there is one.
+    """
     if value is None:
         return NOTHING
     text = f"{value:,.0f}" if abs(value) >= 999.95 else f"{value:#.4g}"

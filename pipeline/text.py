@@ -1,8 +1,9 @@
 """Text of others, made harmless: what is shown, and what enters Markdown.
 
 Names and values come from files, stores, models and databases that other people made. All that is
-shown goes through `show_line`, `show_text` or a `console.Terminal`, all that enters Markdown through
-`inline`, `fenced`, `escaped` or `prose`; HTML has the same `printable` and Jinja's own escaping.
+shown goes through `show_line`, `show_text` or a `console.Terminal`, all that enters Markdown
+through `inline`, `fenced`, `escaped` or `prose`; HTML has the same `printable` and Jinja's own
+escaping.
 """
 
 import re
@@ -34,7 +35,9 @@ _KEPT = re.compile(r"((?<!`)`[^`]+`(?!`)|\*\*)")
 
 
 def printable(text: str) -> str:
-    """Text that steers nothing: control characters as pictures of themselves, line ends and tabs as they are.
+    """Text that steers nothing.
+
+    Control characters become pictures of themselves, and line ends and tabs stay as they are.
 
     What a model writes may hold any character: some clear a terminal, some turn the text after them
     round.
@@ -43,12 +46,18 @@ def printable(text: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """The same of a name, a value or a message that is shown in one line: nothing in it begins another."""
+    """The same of a name, a value or a message that is shown in one line.
+
+    Nothing in it begins another line.
+    """
     return text.translate(_IN_LINE)
 
 
 def public_name(text: str) -> str:
-    """A Hub id or URL without secrets as it is; of a path the last part: what lies above it is nobody's business."""
+    """A Hub id or URL without secrets as it is, and the last part of a path.
+
+    What lies above that part is nobody's business.
+    """
     if "://" in text:
         return shown(text)
     if text.startswith(RUN):
@@ -69,7 +78,10 @@ def show_text(text: str, stream: TextIO | None = None) -> None:
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[str]], *, text_columns: int = 1) -> str:
-    """A Markdown table; columns after the first `text_columns` are numbers and stand to the right."""
+    """A Markdown table.
+
+    Columns after the first `text_columns` are numbers and stand to the right.
+    """
     rule = ["---" if number < text_columns else "---:" for number in range(len(headers))]
     return "\n".join("| " + " | ".join(map(cell, line)) + " |" for line in (headers, rule, *rows))
 
@@ -80,7 +92,10 @@ def cell(text: str) -> str:
 
 
 def fenced(text: str, language: str = "") -> str:
-    """Text as it is, behind a fence longer than any run of backticks inside it; control characters can be seen."""
+    """Text as it is, behind a fence longer than any run of backticks inside it.
+
+    Its control characters can be seen.
+    """
     longest = max((len(run) for run in re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}{language}\n{printable(text)}\n{fence}"
@@ -97,6 +112,9 @@ def escaped(text: str) -> str:
 
 
 def prose(text: str) -> str:
-    """Sentences for Markdown: `code` and **strong** words as they are, of all else only the words."""
+    """Sentences for Markdown.
+
+    `code` and **strong** words stay as they are, and of all else only the words stay.
+    """
     parts = enumerate(_KEPT.split(one_line(text)))
     return "".join(part if number % 2 else escaped(part) for number, part in parts)

@@ -1,1 +1,1 @@
-"""One file per stage, and what the stages share: targets, losses, alignment, engines, the student."""
+"""One folder per stage, and what the stages share."""

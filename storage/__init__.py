@@ -1,1 +1,4 @@
-"""The ground floor: what is on disk. numpy, pyarrow and duckdb; no torch, no transformers, no vllm."""
+"""The ground floor: what is on disk. It needs numpy, pyarrow and duckdb.
+
+It never imports torch, transformers or vllm.
+"""

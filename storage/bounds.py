@@ -1,4 +1,6 @@
-"""Bounds on what a record may say, asked before anything is made of it: whole numbers, hashes, paths, depth.
+"""Bounds on what a record may say, asked before anything is made of it.
+
+They are for whole numbers, hashes, paths and depth.
 
 A seal shows that a record was not damaged. It does not show who wrote it: whoever can write one can
 seal it. So nothing is counted up to a number, opened under a name or walked into only because a
@@ -56,7 +58,11 @@ def parsed(text: str | bytes) -> Any:
 
 
 def each_once(fields: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON; ValueError where it names a field twice, of which a parser takes the last without a word."""
+    """An object of JSON. A parser takes the last of two fields of one name without a word.
+
+    Raises:
+        ValueError: it names a field twice.
+    """
     found = dict(fields)
     if len(found) < len(fields):
         names = [name for name, _ in fields]

@@ -1,4 +1,4 @@
-"""What is neither shown nor recorded: credentials in addresses, and what `${NAME}` in a recipe stands for.
+"""What is neither shown nor recorded: credentials, and what `${NAME}` in a recipe stands for.
 
 Whoever writes text for people or for the disk passes it through here. Two kinds of secrets are
 known by their form (name, password and query of an address), three by their value: what `${NAME}`
@@ -20,12 +20,12 @@ fewer do."""
 CUT = "***"
 
 _SECRET_NAMES = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|KEY|ACCESS_KEY_ID)$", re.I)
-# An address is looked for in one word at a time, and in each nothing is read twice: no text takes long.
+# An address is looked for in one word at a time, and nothing is read twice: no text takes long.
 _WORD = re.compile(r"[^\s\"<>]++")
 _UNQUOTED = re.compile(r"[^\s'\"<>]++")
 _SCHEME = re.compile(r"\b[\w+.-]{1,20}://")
-# hf://datasets/USER/NAME@REVISION has an @, host:443/ a colon, az://CONTAINER@ACCOUNT what looks like
-# a name, s3://a,s3://b/c@d (so no name has a comma) all of it, without any credentials.
+# hf://datasets/USER/NAME@REVISION has an @, host:443/ a colon, az://CONTAINER@ACCOUNT what looks
+# like a name, s3://a,s3://b/c@d (so no name has a comma) all of it, without any credentials.
 _PORT = r"(?!\d+(?:[/?#]|$))"
 _CONTAINER = r"(?!(?:az|abfss?|wasbs?)://[^/@:]+@)"
 # A password goes on to the last @, for a key may hold any character.
@@ -97,7 +97,7 @@ def shown(text: str) -> str:
 
 
 def as_written(field: str) -> str:
-    """The text of a recipe's field as the recipe has it, without credentials: what a record keeps."""
+    """The text of a field as the recipe has it, without credentials: what a record keeps."""
     return shown(_fields.get(field, field))
 
 
@@ -164,7 +164,9 @@ def _replaced(text: str, value: str, name: str) -> str:
 
 @cache  # it is asked for with every line that is written
 def _looked_for() -> list[tuple[str, str]]:
-    """Values, in every form in which they may stand in a text, and what is shown for each; the longest first.
+    """Values, in every form in which they may stand in a text, and what is shown for each.
+
+    The longest come first.
 
     Fields as a whole too: of `${HOME}_runs`, what HOME stands for is no whole name in a path.
     """

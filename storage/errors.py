@@ -18,7 +18,10 @@ from .credentials import shown
 
 
 class StillroomError(Exception):
-    """A failure with a message meant for the user; shown without a traceback, and without secrets."""
+    """A failure with a message for the user.
+
+    It is shown without a traceback and without secrets.
+    """
 
     exit_code = 1
 
@@ -84,7 +87,9 @@ class RowError(Exception):
 
 @contextmanager
 def answered(what: str, action: str, kind: type[UsageError] = UsageError) -> Iterator[None]:
-    """Whatever a library raises in this block, as a UsageError of one line: what went wrong, its cause, what to do.
+    """Whatever a library raises in this block, as a UsageError of one line.
+
+    The line says what went wrong, its cause and what to do.
 
     Libraries that load models have no common type for what is wrong with one. What is no fault of
     the model goes on as it is: our own errors, a signal, memory that ran out.
@@ -100,14 +105,14 @@ def answered(what: str, action: str, kind: type[UsageError] = UsageError) -> Ite
 
 
 def name_too_long(error: OSError, name: object) -> UsageError | None:
-    """What to say of a name that is longer than the file system takes; None: it is another error."""
+    """What to say of a name that is longer than the file system takes. None: another error."""
     if error.errno != errno.ENAMETOOLONG:
         return None
     said = str(error.filename or name)
     begin = said if len(said) <= 80 else f"{said[:80]} ..."
     return UsageError(
-        f"{begin}: a path of {len(said):,} characters, which the file system does not take. A name has "
-        "255 bytes at most. Name another file or folder."
+        f"{begin}: a path of {len(said):,} characters, which the file system does not take. A name "
+        "has 255 bytes at most. Name another file or folder."
     )
 
 

@@ -1,4 +1,6 @@
-"""A store joined with read-only sources: other stores and published folders serve requests as its own rows do.
+"""A store joined with read-only sources: other stores and published folders.
+
+Their rows serve requests as the store's own rows do.
 
 A store with sources is a store: what is asked of it comes from all of them, what is written goes
 into its own folder. Commits of the n-th source are counted from n * `FIRST` on, so that a place
@@ -147,7 +149,7 @@ class Joined(Store):
 
     @property
     def parts(self) -> list[tuple[Store, int]]:
-        """The store itself and its sources, and the number from which on the commits of each are counted."""
+        """The store and its sources, and the number from which the commits of each are counted."""
         stores = [self._own, *self.sources.values()]
         return [(part, FIRST * number) for number, part in enumerate(stores)]
 
@@ -175,7 +177,10 @@ class Joined(Store):
         return self.sources[name].stored(table, sha256) if name else super().stored(table, sha256)
 
     def _places(self, table: TableName) -> dict[str, str]:
-        """Source by shard, of those that the store does not have itself; read once, sources do not change."""
+        """Source by shard, of those that the store does not have itself.
+
+        It is read once: sources do not change.
+        """
         if table not in self._known:
             found: dict[str, str] = {}
             for name, source in self.sources.items():
@@ -207,7 +212,10 @@ class Joined(Store):
         return known[0].teacher_dir(teacher_id) if known else super().teacher_dir(teacher_id)
 
     def prove(self, sha256: Callable[[Path], str]) -> None:
-        """Hash the files of published folders; those of stores have page checksums, like the store's own."""
+        """Hash the files of published folders.
+
+        Those of stores have page checksums, like the store's own.
+        """
         for source in self.sources.values():
             if isinstance(source, Published):
                 source.prove(sha256)

@@ -1,4 +1,4 @@
-"""Names made from content: canonical JSON, keys that are its hashes, sealed records, and sets of keys."""
+"""Names made from content: canonical JSON, hashes of it, sealed records, and sets of keys."""
 
 import hashlib
 import json
@@ -53,7 +53,7 @@ def content_id(kind: str, /, **parts: Any) -> str:
 
 
 def row_seed(key: bytes) -> int:
-    """A seed in [0, 2**63) that depends on the row's key alone, not on when or where the row is made."""
+    """A seed in [0, 2**63) of the row's key alone, not of when or where the row is made."""
     return int.from_bytes(key[:8], "big") >> 1
 
 
@@ -85,7 +85,10 @@ def unseal(data: bytes, name: str) -> dict[str, Any]:
 
 
 class KeySet:
-    """Keys of 16 bytes; grows only. Held as two arrays, ordered by the first half: 16 bytes a key."""
+    """Keys of 16 bytes. A set only grows.
+
+    It holds two arrays, ordered by the first half: 16 bytes a key.
+    """
 
     def __init__(self, joined: bytes = b"") -> None:
         """`joined`: keys one after the other."""

@@ -1,4 +1,7 @@
-"""A limit on the time of what others wrote and nobody sees the end of: a regular expression, a template."""
+"""A limit on the time of what others wrote and nobody sees the end of.
+
+That is a regular expression or a template.
+"""
 
 import signal
 import threading

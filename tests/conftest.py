@@ -1,4 +1,8 @@
-"""Fixtures of the whole suite: no network, as many threads as asked for, tiny models, the shared asset folder."""
+"""Fixtures of the whole suite.
+
+There is no network, there are as many threads as asked for, tiny models, and the shared asset
+folder.
+"""
 
 import os
 import signal
@@ -24,7 +28,8 @@ os.environ |= {
     "HF_HUB_OFFLINE": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "TOKENIZERS_PARALLELISM": "false",
-    # Every process that a test starts, too: threads that share a core wait for one another by spinning.
+    # Every process that a test starts gets it too: threads that share a core wait for one another
+    # by spinning.
     "OMP_NUM_THREADS": os.environ.get("STILLROOM_TEST_THREADS", "1"),
 }
 
@@ -36,7 +41,10 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 def clean_environment(
     monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """No test reads the user's Hub cache or token, and none reaches the network through Hugging Face libraries."""
+    """Keep tests from the user's Hub cache and token.
+
+    None reaches the network through Hugging Face libraries either.
+    """
     for name in [n for n in os.environ if n.startswith(("HF_", "TRANSFORMERS_"))]:
         monkeypatch.delenv(name)
     home = tmp_path_factory.getbasetemp() / "hf-home"
@@ -52,7 +60,10 @@ def clean_environment(
 
 @pytest.fixture(autouse=True, scope="session")
 def threads() -> None:
-    """One, for the sake of the other tests on the machine; `make processors` asks for two as well."""
+    """Use one thread, for the sake of the other tests on the machine.
+
+    `make processors` asks for two as well.
+    """
     import torch
 
     torch.set_num_threads(int(os.environ.get("STILLROOM_TEST_THREADS", "1")))
@@ -73,7 +84,9 @@ def assets() -> Path:
 
 @pytest.fixture
 def tiny_llama(tmp_path: Path) -> Callable[..., Path]:
-    """Factory: `tiny_llama("name", seed=0, vocab_size=32, ...)` saves a small random Llama with its tokenizer.
+    """Factory of small random Llamas, saved with their tokenizers.
+
+    It is called as `tiny_llama("name", seed=0, vocab_size=32, ...)`.
 
     The tokenizer is word-level: ids 0-3 are <unk> <s> </s> <pad>, the words of `WORDS` follow.
     """

@@ -1,14 +1,17 @@
-"""Each measured number of README.md and of `figures.md` stands in a record that its own section names.
+"""Each measured number of README.md and of `figures.md` stands in a record.
+
+Its own section names that record.
 
 A measured number is, outside of code, links, dates and commits,
     in a table      every number;
-    in a sentence   one with a unit (%, nats, degrees, bytes, times, s ...), with ±, with decimals or with an exponent.
-The records of a section are the pages it links to, those of the benches it names and the test files it
-names. One of them must hold the number, rounded to as many digits; `mean ± half` must stand there as a pair.
-A section that names no record may have no measured number. A fenced block, and the paragraph that leads into
-it, is a sample of output, not a claim. Levels (95 % intervals) and versions of Python are no measurements.
-Not seen: numbers in words, counts without a unit, and a right number in a wrong sentence.
-`tests/bench/results/README.md` is held to the same, row by row.
+    in a sentence   one with a unit (%, nats, degrees, bytes, times, s ...), with ±, with decimals
+                    or with an exponent.
+The records of a section are the pages it links to, those of the benches it names and the test files
+it names. One of them must hold the number, rounded to as many digits; `mean ± half` must stand
+there as a pair. A section that names no record may have no measured number. A fenced block, and the
+paragraph that leads into it, is a sample of output, not a claim. Levels (95 % intervals) and
+versions of Python are no measurements. Not seen: numbers in words, counts without a unit, and a
+right number in a wrong sentence. `tests/bench/results/README.md` is held to the same, row by row.
 """
 
 import re
@@ -84,7 +87,11 @@ def missing(text: str, records: list[Path]) -> list[str]:
 
 
 def records_of(text: str) -> list[Path]:
-    """The records a text links to, those of the benches that it names, and the test files that it names."""
+    """The records of a text.
+
+    They are those it links to, those of the benches that it names, and the test files that it
+    names.
+    """
     linked = re.findall(r"([\w-]+-20[\d-]+\w+\.md)", text)
     benches = [name.replace("_", "-") for name in re.findall(r"bench/(\w+)\.py", text)]
     tests = [ROOT / name for name in re.findall(r"pytest (tests/[\w/]+\.py)", text)]
@@ -103,7 +110,10 @@ def sections() -> dict[str, str]:
 
 
 def rows() -> list[str]:
-    """The rows of the list of claims; those without a record have three cells, and state no number."""
+    """The rows of the list of claims.
+
+    Those without a record have three cells, and state no number.
+    """
     lines = [line for line in CLAIMS.splitlines() if line.startswith("| ")]
     return [line for line in lines if line.count("|") == 6 and not line.startswith("| claim |")]
 

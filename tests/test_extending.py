@@ -1,4 +1,7 @@
-"""What one more divergence and one more target kind cost: the worked examples, in a copy, through a whole run."""
+"""What one more divergence and one more target kind cost.
+
+The worked examples go, in a copy, through a whole run.
+"""
 
 import json
 from collections.abc import Sequence

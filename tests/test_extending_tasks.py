@@ -1,4 +1,7 @@
-"""To add a task, six files are touched: a small one is added to a copy of the product and taken to a judged student."""
+"""To add a task, six files are touched.
+
+A small one is added to a copy of the product and taken to a judged student.
+"""
 
 import json
 from pathlib import Path

@@ -1,4 +1,7 @@
-"""The pages of rooms: a floor's page names every file of it, no page is long, and paths in pages exist."""
+"""The pages of rooms.
+
+A floor's page names every file of it, no page is long, and paths in pages exist.
+"""
 
 import re
 from pathlib import Path
@@ -75,7 +78,10 @@ def prose(text: str) -> str:
 
 
 def sentences(text: str) -> list[list[str]]:
-    """The words of each sentence; headings, list items and what ends in a colon stand for themselves."""
+    """The words of each sentence.
+
+    Headings, list items and what ends in a colon stand for themselves.
+    """
     parts = re.split(r"(?<=[.:?])\s|^#+.*$|^\* |\n\n|·", prose(text), flags=re.MULTILINE)
     return [words for part in parts if len(words := re.findall(r"\w[\w'.-]*", part)) > 1]
 

@@ -12,7 +12,8 @@ from ..text import show_line
 
 app = typer.Typer(
     name="stillroom",
-    help="Offline soft-label distillation: run the teacher once, train any number of students from disk.",
+    help="Offline soft-label distillation: run the teacher once, train any number of students "
+    "from disk.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -40,7 +41,7 @@ def words(given: Iterable[str]) -> list[str]:
 
 
 def print_for_people(content: Any, *, columns: int = 400) -> None:
-    """For people: a line, or what rich draws, on standard output, above the JSON line.
+    """Print a line for people, or what rich draws, on standard output, above the JSON line.
 
     `columns` where that is no terminal.
     """
@@ -54,6 +55,6 @@ def print_for_people(content: Any, *, columns: int = 400) -> None:
 
 
 def print_json(content: dict[str, Any], wanted: bool) -> None:
-    """For programs: the last line of standard output, where `--json` asks for it."""
+    """Print the last line of standard output, for programs, where `--json` asks for it."""
     if wanted:
         show_line(json.dumps(content))  # all but ASCII is escaped

@@ -116,12 +116,12 @@ def import_(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """A foreign table of token ids, entries and probabilities becomes a store that students are trained from.
+    """Turn a foreign table of token ids, entries and probabilities into a store to train from.
 
     Every row is checked before it is written: lengths, ids, order, sums, and whether the targets
     belong to the tokens that they stand beside. What does not fit is named by row and column and
     ends the import, or is left out (--skip-bad). Run it again to go on: rows that are there are not
-    written twice. Prints a recipe to train with.
+    written twice. It prints a recipe to train with.
     """
     from ...stages.data.importing.columns import Columns
     from ...stages.data.importing.table import ImportRequest, import_table
@@ -155,7 +155,9 @@ def import_(
 
 
 def column_names(given: Sequence[str], *, kind: str) -> dict[str, str]:
-    """Our name of a column -> the table's, of `--columns name=column,...` and what most tables have.
+    """Our name of a column -> the table's name.
+
+    It comes from `--columns name=column,...`, and else from the names that most tables have.
 
     Raises:
         UsageError: no such name, or columns that do not go together.

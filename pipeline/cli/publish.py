@@ -49,9 +49,9 @@ _Snapshot = Annotated[
     str | None,
     typer.Option(
         metavar="ID",
-        help="Rows chosen before, by the first digits of their id; their validation and test splits "
-        "come along [of a recipe what it selects; of a store the only rows that a student was "
-        "trained on or a recipe exported, else all that it holds].",
+        help="Rows chosen before, by the first digits of their id; their validation and test "
+        "splits come along [of a recipe what it selects; of a store the only rows that a student "
+        "was trained on or a recipe exported, else all that it holds].",
     ),
 ]
 _Where = Annotated[
@@ -185,11 +185,13 @@ def export(
     ],
     as_json: AsJson = False,
 ) -> None:
-    """Rows of a store as a dataset folder that `datasets`, DuckDB, polars and pyarrow load, with its card.
+    """Write rows of a store as a dataset folder, with its card.
 
-    Nobody need have been trained on them. Configs `generations`, `soft_targets` and `features`, splits as
-    recorded or trained; Parquet in a folder named by its content, a MANIFEST with the sha256 of
-    every file, and last the card that points at it. Stop it anywhere and run it again.
+    `datasets`, DuckDB, polars and pyarrow load it.
+
+    Nobody need have been trained on them. Configs `generations`, `soft_targets` and `features`,
+    splits as recorded or trained; Parquet in a folder named by its content, a MANIFEST with the
+    sha256 of every file, and last the card that points at it. Stop it anywhere and run it again.
     """
     from ..publish.export import export as run_export
 
@@ -213,9 +215,12 @@ def publish(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """`export`, and to the Hub: data first, the card last, so that no reader sees half a version; then a tag.
+    """Do as `export` does, then send the dataset to the Hub and tag it.
 
-    Refuses until the licence of the dataset, of the teacher and of the prompts is given. Stop it
+    The data go first and the card goes last, so that no reader sees half a version. Then the
+    version gets its tag.
+
+    It refuses until the licence of the dataset, of the teacher and of the prompts is given. Stop it
     anywhere and run it again: what is there is not sent twice. The token is that of `hf auth login`
     or HF_TOKEN.
     """

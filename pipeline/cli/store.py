@@ -1,4 +1,7 @@
-"""The commands on a store (inspect, query, verify, repair, vacuum), and how their findings are printed."""
+"""The commands on a store, and how their findings are printed.
+
+They are inspect, query, verify, repair and vacuum.
+"""
 
 import math
 import shutil
@@ -39,7 +42,10 @@ def inspect(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """One sample, token by token: the teacher's top entries, the tail; of a run, where its student differs."""
+    """Show one sample, token by token: the teacher's top entries and the tail.
+
+    Of a run it shows where its student differs.
+    """
     from ..console import Terminal
     from ..report.stored.inspect import show
 
@@ -58,10 +64,11 @@ def query(
     rows: Annotated[int, typer.Option(min=1, help="How many rows to show at most.")] = 100,
     as_json: AsJson = False,
 ) -> None:
-    """DuckDB over the store: prompts, generations, soft_targets, features, rejects, commits, inputs.
+    """Ask the store with DuckDB.
 
-    A query may hold 2 GB in memory and 20 GB on disk; the environment variables STILLROOM_SQL_MEMORY
-    and STILLROOM_SQL_DISK give it more or less.
+    The views are prompts, generations, soft_targets, features, rejects, commits and inputs. A query
+    may hold 2 GB in memory and 20 GB on disk; the environment variables STILLROOM_SQL_MEMORY and
+    STILLROOM_SQL_DISK give it more or less.
     """
     from ...storage.store.sql import first_rows
     from ...storage.store.store import Store
@@ -171,8 +178,8 @@ def repair(
     Exit code 3 if something is left.
 
     Reads the whole store, as verify does. Commits with a damaged, missing or forged record or shard
-    are withdrawn; their files stay until vacuum. Damaged records of inputs, teachers, bindings, engines and
-    snapshots are deleted. Safe while others write, and any number of times.
+    are withdrawn; their files stay until vacuum. Damaged records of inputs, teachers, bindings,
+    engines and snapshots are deleted. It is safe while others write, and any number of times.
     """
     from ...storage.integrity.repair import repair as repair_store
     from ...storage.store.store import Store
@@ -199,12 +206,15 @@ def vacuum(
         bool,
         typer.Option(
             "--dry-run",
-            help="List what would go; remove nothing. (A file is written for a moment, to read the store's clock.)",
+            help="List what would go; remove nothing. (A file is written for a moment, to read the "
+            "store's clock.)",
         ),
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Delete what no record and no snapshot names: temporary files, orphaned and withdrawn shards, old claims.
+    """Delete what no record and no snapshot names.
+
+    That is temporary files, orphaned and withdrawn shards, and old claims.
 
     What a live commit, a snapshot or an inputs record names is never touched.
     """

@@ -31,7 +31,8 @@ def refuse_unpaired(
         student: Heads that are 0 are not said by the config.
 
     Raises:
-        UsageError: heads that cannot be paired, a width that cannot be cut, a student that sees less.
+        UsageError: heads that cannot be paired, a width that cannot be cut, a student that sees
+            less.
     """
     if student.beyond is not None:
         raise UsageError(
@@ -48,8 +49,8 @@ def refuse_unpaired(
     if asked.heads == "each" and said and teacher.heads != student.heads:
         raise UsageError(
             f"{path}.heads: each pairs head with head, but the teacher has {teacher.heads} and the "
-            f"student {student.heads}. Use heads: average, or match: relations, which works with any "
-            "number of heads."
+            f"student {student.heads}. Use heads: average, or match: relations, which works with "
+            "any number of heads."
         )
     if student.causal and not teacher.causal:
         raise UsageError(
@@ -64,6 +65,6 @@ def _refuse_uncut(path: str, asked: FeatureLoss, who: str, facts: AttentionFacts
         numbers = facts.numbers(kind) if facts is not None else 0
         if numbers % asked.relation_heads:
             raise UsageError(
-                f"{path}.relation_heads: {numbers} numbers of the {who}'s {kind} cannot be cut into "
-                f"{asked.relation_heads} parts. Choose one that divides {numbers}."
+                f"{path}.relation_heads: {numbers} numbers of the {who}'s {kind} cannot be cut "
+                f"into {asked.relation_heads} parts. Choose one that divides {numbers}."
             )

@@ -1,4 +1,7 @@
-"""What is said of the engines that run a teacher: which one is to score, and which ones made its rows."""
+"""What is said of the engines that run a teacher.
+
+It is which engine is to score, and which ones made the stored rows.
+"""
 
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
@@ -14,7 +17,10 @@ from .teachers import BoundTeacher
 
 
 def engine_notes(one: BoundTeacher, books: Books, *, pending: int) -> Iterator[str]:
-    """Of a teacher with so many texts to do: a sentence each, for people."""
+    """What people are told of the engines of a teacher with so many texts to do.
+
+    Each finding is one sentence.
+    """
     if pending and (found := _to_run(one, books)):
         yield f"{one.line}: the engine is {found}"
     if mixed := mixed_engines(engines_of(books, one.id)):
@@ -22,7 +28,10 @@ def engine_notes(one: BoundTeacher, books: Books, *, pending: int) -> Iterator[s
 
 
 def _to_run(one: BoundTeacher, books: Books) -> str:
-    """Which engine runs a teacher, where it is not plain: transformers runs all that no other can."""
+    """Which engine runs a teacher, where it is not plain.
+
+    Transformers runs every teacher that no other engine can.
+    """
     score = needed(one.recipe.score, "score")
     if one.recipe.scoring_engine is not None or score.features:
         return ""

@@ -1,4 +1,7 @@
-"""Features that a teacher does not have or a student cannot match, refused before any work; and what they will take."""
+"""What the features of a teacher will take, and which ones are refused before any work.
+
+Refused are features that a teacher does not have or a student cannot match.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -43,8 +46,8 @@ def refuse_features(recipe: Recipe, bound: Bound, student: Path | None) -> None:
     published = bound.published
     if published is not None and captured(score.features) and not published.shards("features"):
         raise UsageError(
-            f"score.features: {recipe.data.source} is published without features. Leave them out, or "
-            "name the store that it was made from."
+            f"score.features: {recipe.data.source} is published without features. Leave them out, "
+            "or name the store that it was made from."
         )
     if bound.teacher is not None:
         _refuse_layers(recipe, bound.teacher)
@@ -69,21 +72,21 @@ def _refuse_layers(recipe: Recipe, teacher: Identity) -> None:
     facts, folder = _of_teacher(teacher), teacher.folder
     if not facts.blocks or not facts.width:
         raise UsageError(
-            f"score.features: {folder} ({facts.model_type}) has not one row of blocks that all hand "
-            "on states of one width, so none can be named by a number. Leave them out."
+            f"score.features: {folder} ({facts.model_type}) has not one row of blocks that all "
+            "hand on states of one width, so none can be named by a number. Leave them out."
         )
     _refuse_attention(recipe, folder, model_type=facts.model_type)
     for request in recipe.score.features:
         beyond = [layer for layer in request.layers if layer >= facts.blocks]
         if beyond:
             raise UsageError(
-                f"score.features: {request.what} of layer {beyond[0]}, but the teacher {folder} has "
-                f"{facts.blocks} blocks, 0 to {facts.blocks - 1}. Name some of these."
+                f"score.features: {request.what} of layer {beyond[0]}, but the teacher {folder} "
+                f"has {facts.blocks} blocks, 0 to {facts.blocks - 1}. Name some of these."
             )
 
 
 def _refuse_attention(recipe: Recipe, folder: Path, *, model_type: str) -> None:
-    """Of a teacher whose queries and keys do not make its attention."""
+    """Refuse a teacher whose queries and keys do not make its attention."""
     assert recipe.score is not None
     asked = [request.what for request in recipe.score.features if request.what in HEADED]
     if not asked:
@@ -133,7 +136,10 @@ def _refuse_pairs(path: str, asked: FeatureLoss, stored: list[int], blocks: int)
 
 
 def teacher_widths(recipe: Recipe, bound: Bound) -> dict[str, int]:
-    """Numbers of a vector of each kind of feature of the teacher; none where it is not here, or none is asked for."""
+    """How many numbers a vector of each kind of feature of the teacher has.
+
+    It is empty where the teacher is not here, or no feature is asked for.
+    """
     if bound.teacher is None or recipe.score is None or not recipe.score.features:
         return {}
     states = dict.fromkeys(("hidden", *POOLED), _of_teacher(bound.teacher).width)
@@ -161,7 +167,10 @@ def feature_note(recipe: Recipe, bound: Bound) -> list[str]:
 
 
 def image_note(recipe: Recipe, bound: Bound) -> list[str]:
-    """What the images of a recipe take, for people; nothing where there are none, or the teacher is not here."""
+    """What the images of a recipe take, for people.
+
+    It is empty where there are none, or the teacher is not here.
+    """
     if not recipe.data.records.image or bound.teacher is None:
         return []
     folder = bound.teacher.folder
@@ -187,7 +196,10 @@ def _layouts(features: Sequence[Feature], widths: Mapping[str, int], of: str) ->
 
 
 def embedding_bytes(recipe: Recipe, bound: Bound) -> int:
-    """What the matrix of the teacher's embeddings takes; 0: it is not asked for, or the teacher is not here."""
+    """What the matrix of the teacher's embeddings takes.
+
+    It is 0 where the matrix is not asked for, or the teacher is not here.
+    """
     bits = embedding_bits(recipe.score.features) if recipe.score is not None else None
     if bits is None or bound.teacher is None:
         return 0

@@ -1,4 +1,7 @@
-"""Lengths that do not go together: what the data may have, what the teacher reads, and what the student reads."""
+"""Lengths that do not go together.
+
+They are what the data may have, what the teacher reads, and what the student reads.
+"""
 
 from ...stages.data.given_text import given_text
 from ...stages.ledger.books import Books
@@ -45,7 +48,10 @@ def window_notes(recipe: Recipe, bound: Bound) -> list[str]:
 
 
 def unread_by_student(recipe: Recipe, bound: Bound, books: Books) -> str:
-    """What to say of rows that the student cannot read, after `choose_generations`; empty: it reads all of them."""
+    """What to say of rows that the student cannot read, after `choose_generations`.
+
+    It is empty where the student reads all of them.
+    """
     if recipe.student is None or recipe.train is None:
         return ""
     limits = {"train.row_tokens": recipe.train.row_tokens, "student": _student_reads(recipe, bound)}
@@ -65,8 +71,8 @@ def unread_by_student(recipe: Recipe, bound: Bound, books: Books) -> str:
     if name == "train.row_tokens":
         return f"{name}: {known[name]}, but {longer}. Set it to {longest} or more, or leave it out."
     return (
-        f"student: reads {known[name]} tokens at once, but {longer}. {_shorter(recipe, known[name])}, "
-        "or take a student with a longer context."
+        f"student: reads {known[name]} tokens at once, but {longer}. "
+        f"{_shorter(recipe, known[name])}, or take a student with a longer context."
     )
 
 
@@ -83,7 +89,10 @@ def _shorter(recipe: Recipe, most: int) -> str:
 
 
 def _student_reads(recipe: Recipe, bound: Bound) -> int | None:
-    """Tokens that the student reads at once; None where there is no limit, or it or its teacher is not here."""
+    """How many tokens the student reads at once.
+
+    It is None where there is no limit, or where the student or its teacher is not here.
+    """
     student = needed(recipe.student, "student")
     if student.model is not None:
         name, field = student.model, "student.model"

@@ -26,7 +26,8 @@ class StagePlan:
     tokens_to_do: int = 0
     """Of the pending rows; an upper bound where they are still to be written."""
     usd_to_do: float | None = None
-    """What an endpoint takes for the pending rows, about; None: nobody asks for money, or no prices are known."""
+    """What an endpoint takes for the pending rows, about. None: nobody asks for money, or no prices
+    are known."""
     prompts_priced: bool = True
     """Whether it has the prompts, whose tokens an endpoint's first answers tell."""
     bytes_to_do: int = 0
@@ -35,7 +36,7 @@ class StagePlan:
     """Texts that are not planned: another one has the same tokens and stands for them."""
     why: str = ""
     lengths: dict[str, Any] = field(default_factory=dict)
-    """Of data that is read: the limit, and how many rows and tokens were cut and rejected for it."""
+    """The limit of data that is read, and how many rows and tokens were cut and rejected."""
     sources: dict[str, int] = field(default_factory=dict)
     """Of the committed rows, those that a read-only source serves, by its name."""
 
@@ -68,7 +69,7 @@ class Plan:
     unread: str = ""
     """What to say of rows that the student cannot read, or see as far as it must; empty: it can."""
     warning: str = ""
-    """What people should know before anything else, if there is such a thing; the first note too."""
+    """What people should know before anything else, if there is any. It is the first note too."""
     notes: tuple[str, ...] = ()
     """What people should know of the run: a sentence each."""
     sources: dict[str, str] = field(default_factory=dict)

@@ -18,7 +18,10 @@ T = TypeVar("T")
 
 
 def of_fresh_student(recipe: Recipe, bound: Bound, read: Callable[[Any], T]) -> T | None:
-    """What is read of the config of one with fresh weights; None: the teacher, whose config it gets, is not here."""
+    """What is read of the config of a student with fresh weights.
+
+    It is None where the teacher, whose config the student gets, is not here.
+    """
     if bound.teacher is None:
         return None
     student = needed(recipe.student, "student")
@@ -35,7 +38,9 @@ def of_fresh_student(recipe: Recipe, bound: Bound, read: Callable[[Any], T]) -> 
 def student_blocks(
     recipe: Recipe, bound: Bound, folder: Path | None
 ) -> tuple[int, AttentionFacts] | None:
-    """Its blocks and its attention; None where it, or the teacher whose config it gets, is not here.
+    """The student's blocks and its attention.
+
+    They are None where the student, or the teacher whose config it gets, is not here.
 
     Args:
         recipe: Has a student.

@@ -1,4 +1,7 @@
-"""The plan of a student: which training runs are done, in which folder, and whether they were judged."""
+"""The plan of a student.
+
+It says which training runs are done, in which folder, and whether they were judged.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -60,7 +63,10 @@ def plan_students(recipe: Recipe, plan: Plan, *, ready: bool) -> None:
 
 
 def train_settings(recipe: Recipe, snapshot: str, arm: Arm) -> dict[str, Any]:
-    """What decides a student: its hash names the folder, and a change in it is why a student is trained again."""
+    """What decides a student.
+
+    Its hash names the folder, and a change in it is why a student is trained again.
+    """
     asked = arm_loss(recipe, arm)
     loss = asked.model_dump(mode="json", exclude=asked.unhashed())
     if loss["soft_weight"] == 0:
@@ -86,7 +92,10 @@ def train_settings(recipe: Recipe, snapshot: str, arm: Arm) -> dict[str, Any]:
 
 
 def _teachers(plan: Plan) -> dict[str, Any]:
-    """Of several teachers, what decides a student: who they are, what each is asked for, what its word weighs."""
+    """What decides a student of several teachers.
+
+    It is who they are, what each is asked for, and what its word weighs.
+    """
     own = {"weight", "where", "budget_tokens"}
     return {
         one.name: {"id": one.id, **one.asked.model_dump(mode="json", include=own)}
@@ -102,7 +111,10 @@ def _entries(score: Score) -> dict[str, Any]:
 
 
 def _student_identity(recipe: Recipe, plan: Plan, settings: dict[str, Any]) -> str | None:
-    """Of the model begun with now; where it is gone, of the one that a run with these settings began with."""
+    """The identity of the model that the student begins as.
+
+    Where that model is gone, it is the one that a run with these settings began with.
+    """
     student = needed(recipe.student, "student")
     copies = student.from_teacher_layers is not None
     if len(plan.teachers) > 1 and student.config is not None and not copies:
@@ -126,7 +138,10 @@ def _student_identity(recipe: Recipe, plan: Plan, settings: dict[str, Any]) -> s
 
 
 def _recorded(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings as their record has them: the hash is over what the student's name stands for."""
+    """The settings as their record has them.
+
+    So the hash is over what the student's name stands for.
+    """
     student = settings["student"]
     return settings | {"student": student | {"model": all_shown(student["model"])}}
 

@@ -1,8 +1,10 @@
-"""The teachers of a recipe, one by one: what each one's name stands for, its line of the plan, what is said of it.
+"""The teachers of a recipe, one by one.
+
+Of each it is what its name stands for, its line of the plan, and what is said of it.
 
 The data are read once, with the first teacher's tokenizer, and the first teacher writes where
-`generate` names nobody else. So of the others only who they are matters, and that they read the same
-tokens. Each has a binding of its own, under the names that a recipe with it alone would have.
+`generate` names nobody else. So of the others only who they are matters, and that they read the
+same tokens. Each has a binding of its own, under the names that a recipe with it alone would have.
 """
 
 from collections.abc import Iterator, Sequence
@@ -81,7 +83,9 @@ def bind_teachers(
 
 
 def _refuse_published(first: Bound) -> None:
-    """Refuse published rows in place of the data: they are one teacher's, without the prompts that `where` asks.
+    """Refuse published rows in place of the data.
+
+    They are one teacher's, without the prompts that `where` asks.
 
     Raises:
         UsageError: with what to do.
@@ -89,9 +93,9 @@ def _refuse_published(first: Bound) -> None:
     if first.published is not None:
         raise UsageError(
             f"teachers: teacher or data are not here ({first.missing}), and the rows published in "
-            f"{first.published.root} are those of one teacher, without prompts. Put the data and the "
-            "first teacher there again; or take the folder as teacher.model and data.source, without "
-            "`teachers`."
+            f"{first.published.root} are those of one teacher, without prompts. Put the data and "
+            "the first teacher there again; or take the folder as teacher.model and data.source, "
+            "without `teachers`."
         )
 
 
@@ -174,7 +178,10 @@ def _stranger(first: BoundTeacher, one: BoundTeacher, store: Store | None) -> st
 
 
 def _folder(one: BoundTeacher, store: Store | None) -> Path | None:
-    """A teacher's small files: where it is, or what the store keeps of one that is gone; None: nothing."""
+    """A teacher's small files: where it is, or what the store keeps of one that is gone.
+
+    It is None where the store keeps nothing of it.
+    """
     if one.bound.teacher is not None:
         return one.bound.teacher.folder
     if store is None or not store.teacher_parts(one.id):
@@ -207,5 +214,5 @@ def quantized_notes(teachers: Sequence[BoundTeacher]) -> Iterator[str]:
 
 
 def teachers_json(teachers: Sequence[BoundTeacher]) -> dict[str, Any]:
-    """Of several teachers, who they are: for programs, and for the records of a run."""
+    """Who several teachers are, for programs and for the records of a run."""
     return {one.name: one.id for one in teachers if one.name}

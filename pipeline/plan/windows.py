@@ -12,7 +12,9 @@ from .student_config import student_blocks
 
 
 def unseen_by_student(recipe: Recipe, bound: Bound, books: Books, student: Path | None) -> str:
-    """What to say of rows longer than a window of the student that is narrower than the teacher's; empty: of none.
+    """What to say of rows longer than a window of the student that is narrower than the teacher's.
+
+    It is empty where there are no such rows.
 
     Args:
         recipe: The recipe.
@@ -27,9 +29,10 @@ def unseen_by_student(recipe: Recipe, bound: Bound, books: Books, student: Path 
         if rows:
             return (
                 f"{path}: block {block} of the student sees tokens less than {window} away, layer "
-                f"{teacher} of the teacher further, and {rows:,} of the rows to train on have more, "
-                f"the longest {longest}: KL is infinite where the teacher looks at what the student "
-                "cannot see. Choose layers of which the student's sees as much, or match: relations."
+                f"{teacher} of the teacher further, and {rows:,} of the rows to train on have "
+                f"more, the longest {longest}: KL is infinite where the teacher looks at what the "
+                "student cannot see. Choose layers of which the student's sees as much, or match: "
+                "relations."
             )
     return ""
 
@@ -37,7 +40,10 @@ def unseen_by_student(recipe: Recipe, bound: Bound, books: Books, student: Path 
 def _narrower(
     recipe: Recipe, bound: Bound, folder: Path | None
 ) -> Iterator[tuple[str, int, int, int]]:
-    """Of each pair whose student sees less: its entry, the teacher's layer, the student's block and its window."""
+    """The pairs of layers whose student sees less than the teacher.
+
+    Of each it gives its entry, the teacher's layer, the student's block and its window.
+    """
     entries = [(n, a) for n, a in enumerate(recipe.loss.features) if a.match == "attention"]
     if recipe.score is None or recipe.train is None or not entries or bound.teacher is None:
         return

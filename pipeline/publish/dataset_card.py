@@ -1,7 +1,9 @@
-"""The card of a published dataset: front matter by the Hub's own classes, then what a reader must know.
+"""The card of a published dataset.
 
-Made from a version's MANIFEST and PROVENANCE and one of its rows alone, so the same version has the
-same card.
+Front matter comes first, by the Hub's own classes, then what a reader must know.
+
+It is made from a version's MANIFEST and PROVENANCE and one of its rows alone, so the same version
+has the same card.
 """
 
 from collections.abc import Mapping
@@ -19,7 +21,10 @@ from .dataset_card_text import columns, limits, numbers, sample, sizes, summary,
 from .features import matrices_about
 
 _SIZES = tuple(
-    "n<1K 1K<n<10K 10K<n<100K 100K<n<1M 1M<n<10M 10M<n<100M 100M<n<1B 1B<n<10B 10B<n<100B 100B<n<1T n>1T".split()
+    (
+        "n<1K 1K<n<10K 10K<n<100K 100K<n<1M 1M<n<10M 10M<n<100M 100M<n<1B "
+        "1B<n<10B 10B<n<100B 100B<n<1T n>1T"
+    ).split()
 )
 """By powers of ten, from a thousand rows."""
 TAGS = ("knowledge-distillation", "soft-targets", "stillroom")
@@ -128,7 +133,7 @@ def _task_categories(manifest: Manifest) -> list[str]:
 
 
 def _of_any_length(schema: Any) -> Any:
-    """Keys as bytes of any length: `datasets` 4.4 knows no others, and reads those of 16 as these."""
+    """Keys as bytes of any length: `datasets` 4.4 reads those of 16 so, and knows no others."""
     import pyarrow as pa
 
     keys = [pa.types.is_fixed_size_binary(field.type) for field in schema]

@@ -58,7 +58,8 @@ def _recipe(manifest: Manifest, provenance: Mapping[str, Any], base: str) -> str
     lines = [
         f'storage: {{dir: stores/mine, sources: ["{base}"]}}',
         f'teacher: {{model: "{base}"}}',
-        f'data: {{source: "{base}", format: {_value(source["format"])}, holdout: {held_out.rows if held_out else 0}}}',
+        f'data: {{source: "{base}", format: {_value(source["format"])}, '
+        f"holdout: {held_out.rows if held_out else 0}}}",
     ]
     kinds = [
         entry.get("settings") or {} for entry in provenance["made_with"].get("soft_targets", [])
@@ -72,7 +73,8 @@ def _recipe(manifest: Manifest, provenance: Mapping[str, Any], base: str) -> str
         if manifest.chosen.get("min_k") and "k" in settings:
             settings["k"] = min(settings["k"], manifest.chosen["min_k"])
         lines.append(
-            f"score: {{{', '.join(f'{name}: {_value(value)}' for name, value in settings.items())}}}"
+            "score: "
+            f"{{{', '.join(f'{name}: {_value(value)}' for name, value in settings.items())}}}"
         )
         if asked := asked_for(manifest):
             lines[-1] = f"{lines[-1].removesuffix('}')}, features: {json.dumps(asked)}}}"
@@ -125,13 +127,15 @@ tokens = torch.tensor(row["token_ids"])  # [T]; target i is about token scored[i
 """
 _ENTRIES = {
     "fixed": """\
-ids = torch.tensor(row["ids"]) if row["ids"] else torch.arange(k).repeat(n)  # null: kind full, every id
+ids = torch.tensor(row["ids"]) if row["ids"] else torch.arange(k).repeat(n)\
+  # null: kind full, every id
 ids = ids.reshape(n, k)  # [N, K] best first
 logprobs = torch.tensor(row["logprobs"]).reshape(n, k)  # [N, K] of the full softmax
 tail = torch.tensor(row["tail_logprob"])  # [N] all other ids together
 """,
     "ragged": """\
-ids = torch.tensor(row["ids"]) if row["ids"] else torch.arange(k).repeat(n)  # null: kind full, every id
+ids = torch.tensor(row["ids"]) if row["ids"] else torch.arange(k).repeat(n)\
+  # null: kind full, every id
 ids = ids.split(row["entries"] or k)  # N tensors, as many entries as the position has
 logprobs = torch.tensor(row["logprobs"]).split(row["entries"] or k)
 tail = torch.tensor(row["tail_logprob"])  # [N] all other ids together
@@ -139,7 +143,8 @@ tail = torch.tensor(row["tail_logprob"])  # [N] all other ids together
     "drawn": """\
 # of rows of kind full take logprobs, [N * V] in id order: they were not drawn
 ids = torch.tensor(row["ids"]).split(row["entries"])  # N tensors: the ids that were drawn
-shares = torch.tensor(row["counts"] or row["weights"]).split(row["entries"])  # how often of k, or weights
+shares = torch.tensor(row["counts"] or row["weights"]).split(row["entries"])\
+  # how often of k, or weights
 """,
     "whole": """\
 logprobs = torch.tensor(row["logprobs"]).reshape(n, k)  # [N, V] in id order
@@ -152,8 +157,10 @@ student = logits[scored - 1].log_softmax(-1)
 """
 _KL = """\
 kept = student.gather(-1, ids)  # [N, K]
-rest = torch.log1p(-kept.exp().sum(-1).clamp(max=1 - 1e-6))  # the student's mass outside the entries
-kl = (logprobs.exp() * (logprobs - kept)).sum(-1) + tail.exp() * (tail.clamp(min=-1e4) - rest)  # [N] nats
+rest = torch.log1p(-kept.exp().sum(-1).clamp(max=1 - 1e-6))\
+  # the student's mass outside the entries
+kl = (logprobs.exp() * (logprobs - kept)).sum(-1) + tail.exp() * (tail.clamp(min=-1e4) - rest)\
+  # [N] nats
 """
 
 

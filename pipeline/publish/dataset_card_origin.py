@@ -1,4 +1,7 @@
-"""Where a dataset comes from, as its card says it: models, sources, licences, settings, and what was chosen."""
+"""Where a dataset comes from, as its card says it.
+
+These are models, sources, licences, settings, and what was chosen.
+"""
 
 import json
 from collections import Counter
@@ -14,7 +17,10 @@ from .provenance import UNKNOWN
 
 
 def model_name(model_id: str, model: Mapping[str, Any]) -> str:
-    """What a model is called; where nobody said it, its architecture and the beginning of its id."""
+    """What a model is called.
+
+    Where nobody said it, the name is its architecture and the beginning of its id.
+    """
     if model["name"]:
         return inline(model["name"])
     kind = (model.get("architectures") or ["a model"])[0]
@@ -79,7 +85,7 @@ def _precision(model: Mapping[str, Any]) -> str:
 
 
 def engines(provenance: Mapping[str, Any]) -> list[str]:
-    """Of targets that not transformers alone scored: by what they were, and what is then bounded."""
+    """Which engines scored the targets, where transformers alone did not, and what is bounded."""
     rows: Counter[str] = Counter()
     for entry in provenance["made_with"].get("soft_targets", []):
         rows[(entry.get("settings") or {}).get("engine", HF)] += entry["rows"]
@@ -87,9 +93,9 @@ def engines(provenance: Mapping[str, Any]) -> list[str]:
         return []
     by = " and ".join(f"{count(number)} rows by {inline(name)}" for name, number in rows.items())
     return [
-        f"Targets were scored by different ways of running the teacher: {by} (`engine`; null is {HF}). Where "
-        "`entropy_is_bound` is true, `entropy` is the least that it can be, and `tail_logprob` may be off by "
-        "`tail_bound` nats."
+        f"Targets were scored by different ways of running the teacher: {by} (`engine`; null is "
+        f"{HF}). Where `entropy_is_bound` is true, `entropy` is the least that it can be, and "
+        "`tail_logprob` may be off by `tail_bound` nats."
     ]
 
 

@@ -1,4 +1,4 @@
-"""What a published dataset's card says in words and tables: made from its manifest, its provenance and one row."""
+"""What a published dataset's card says, from its manifest, its provenance and one row."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +19,9 @@ from .provenance import UNKNOWN, unknown_licenses
 
 _SHOWN_POSITIONS, _SHOWN_ENTRIES, _SHOWN_CHARACTERS = 8, 3, 1200
 _ABOUT = {
-    "generations": "What the model wrote: one row is one prompt with one completion, as text and as token ids.",
+    "generations": (
+        "What the model wrote: one row is one prompt with one completion, as text and as token ids."
+    ),
     "soft_targets": (
         "The teacher's distribution of N = `span_tokens` of T tokens. These are the tokens of "
         "`spans` (start, tokens, start, tokens ...); where that is null, or no column, the N from "
@@ -30,11 +32,11 @@ _ABOUT = {
     ),
     "masked_lm": (
         "The teacher's distribution at N = `span_tokens` of T tokens, which were hidden from it: "
-        "`token_ids` are what it read, with the mask token or another one in their place. These are the "
-        "tokens of `spans` (start, tokens, start, tokens ...); where that is null, the N from "
-        "`span_start` on. The target of token t is the model's output at position t itself, and "
-        "`labels` are the N tokens that were there. Lists are flat: entries of target 0, then those of "
-        "target 1, E in all; each target has `k` of them, or as many as `entries` says. "
+        "`token_ids` are what it read, with the mask token or another one in their place. These "
+        "are the tokens of `spans` (start, tokens, start, tokens ...); where that is null, the N "
+        "from `span_start` on. The target of token t is the model's output at position t itself, "
+        "and `labels` are the N tokens that were there. Lists are flat: entries of target 0, then "
+        "those of target 1, E in all; each target has `k` of them, or as many as `entries` says. "
         "`generation_key` is the `key` of the row in `generations`, which has the text as it was."
     ),
     "classes": (
@@ -44,16 +46,16 @@ _ABOUT = {
     ),
     "image_classes": (
         "The teacher's distribution over the classes, one target an image, in the order of "
-        "`class_names` in the files' metadata: {names}. `image` is the image as the teacher read it, "
-        "resized and cropped, a PNG file; it stands for a text of one token. `generation_key` is the "
-        "`key` of the row in `generations`."
+        "`class_names` in the files' metadata: {names}. `image` is the image as the teacher read "
+        "it, resized and cropped, a PNG file; it stands for a text of one token. `generation_key` "
+        "is the `key` of the row in `generations`."
     ),
     "token_classes": (
-        "The teacher's distribution over the classes of N = `span_tokens` words of a text, each said at "
-        "the word's first token, in the order of `class_names` in the files' metadata: {names}. The "
-        "first tokens are those of `spans` (start, tokens, start, tokens ...); where that is null, the N "
-        "from `span_start` on. `labels` are the words' gold classes, -1 where there is none. "
-        "`generation_key` is the `key` of the row in `generations`."
+        "The teacher's distribution over the classes of N = `span_tokens` words of a text, each "
+        "said at the word's first token, in the order of `class_names` in the files' metadata: "
+        "{names}. The first tokens are those of `spans` (start, tokens, start, tokens ...); where "
+        "that is null, the N from `span_start` on. `labels` are the words' gold classes, -1 where "
+        "there is none. `generation_key` is the `key` of the row in `generations`."
     ),
 }
 
@@ -167,8 +169,9 @@ def _whole(manifest: Manifest) -> str:
         return ""
     size = manifest.about["soft_targets"]["vocab_size"]
     return (
-        f"\n\nRows of kind `full` ({', '.join(found)}) are whole distributions: `ids` is null, `logprobs` has `k` = "
-        f"{count(size)} numbers a target, in the order of the ids, and `tail_logprob` is -inf."
+        f"\n\nRows of kind `full` ({', '.join(found)}) are whole distributions: `ids` is null, "
+        f"`logprobs` has `k` = {count(size)} numbers a target, in the order of the ids, and "
+        "`tail_logprob` is -inf."
     )
 
 
@@ -183,7 +186,10 @@ def _reading(manifest: Manifest, provenance: Mapping[str, Any]) -> str:
         if any(m["chat_template"] for m in provenance["models"].values())
         else ""
     )
-    said = f"The tokenizer is in {folder}; {{}} `text` is the completion decoded without special tokens, and encoding "
+    said = (
+        f"The tokenizer is in {folder}; {{}} `text` is the completion decoded without special "
+        "tokens, and encoding "
+    )
     said += "it again may give other ids: take `token_ids`."
     if manifest.about.get("soft_targets", {}).get("class_names"):
         if head_of(manifest.about["soft_targets"]).images:
@@ -204,9 +210,9 @@ def _reading(manifest: Manifest, provenance: Mapping[str, Any]) -> str:
         )
     if manifest.tables.get("generations", {}).get("format_version", 1) > 1:
         return said.format(
-            "`messages`, with their `message_fields` and `tools` (JSON) where there are any, became "
-            "ids by the chat template, a `prompt` by the tokenizer with its special tokens. What "
-            "the model wrote follows them, from `prompt_tokens` on. Text that was given "
+            "`messages`, with their `message_fields` and `tools` (JSON) where there are any, "
+            "became ids by the chat template, a `prompt` by the tokenizer with its special tokens. "
+            "What the model wrote follows them, from `prompt_tokens` on. Text that was given "
             "(`finish_reason` given) is tokenized together with its prompt: of a conversation, "
             "`messages` and `answer` are one rendering, `spans` are the turns of the assistant, "
             "and `prompt_tokens` counts what stands before the first of them."
@@ -225,7 +231,7 @@ def _type(field: Any) -> str:
 
 
 def sample(folder: Path, manifest: Manifest) -> str:
-    """One row for people: the text, and where targets are the first of them with the teacher's best entries."""
+    """One row for people: its text, and where it has targets the best entries at the first."""
     split = next(iter(manifest.splits))
     parts = []
     if "generations" in manifest.tables:
@@ -323,7 +329,8 @@ def numbers(manifest: Manifest) -> str:
         f"Kinds of targets in {prose(name)}: {_counts(found)}." for name, found in kinds.items()
     ]
     lines += [
-        f"Temperatures at which a student can be trained on {prose(name)}: {_temperatures(found['soft_targets'])}."
+        f"Temperatures at which a student can be trained on {prose(name)}: "
+        f"{_temperatures(found['soft_targets'])}."
         for name, found in manifest.statistics.items()
         if "soft_targets" in found and not manifest.about["soft_targets"].get("class_names")
     ]
@@ -332,7 +339,8 @@ def numbers(manifest: Manifest) -> str:
         for name, reasons in finished.items()
     ]
     note = (
-        "Kept mass is the teacher's probability inside the entries of a position; what is outside is in `tail_logprob`."
+        "Kept mass is the teacher's probability inside the entries of a position; what is outside "
+        "is in `tail_logprob`."
         if "soft_targets" in manifest.tables
         else ""
     )

@@ -72,7 +72,8 @@ class PublishRequest:
     choice: Choice = field(default_factory=Choice)
     """Its features are not asked: `features` says which."""
     features: bool | None = None
-    """Whether the teacher's features go along; None: those that the recipe's student learns from."""
+    """Whether the teacher's features go along. None: those that the recipe's student learns
+    from."""
     name: str | None = None
     """What the dataset is called; None: as its folder or repository."""
     teacher: str | None = None
@@ -215,8 +216,8 @@ class _Export:
         if not stay or self._request.rows_of is not None:
             return ""
         return (
-            f"other rows of {table} that stay in the store: {stay}. A recipe in its place takes what "
-            "it selects"
+            f"other rows of {table} that stay in the store: {stay}. A recipe in its place takes "
+            "what it selects"
         )
 
     def finished(self) -> Manifest | None:
@@ -266,7 +267,10 @@ class _Export:
         return manifest
 
     def _small_files(self, made: Made) -> dict[str, bytes]:
-        """Names below the version's folder -> contents: provenance, whole snapshots and their recipes, models."""
+        """Names below the version's folder -> contents of its small files.
+
+        These are provenance, whole snapshots and their recipes, and models.
+        """
         provenance = make_provenance(
             self._store, made, self._licenses, teacher=self._request.teacher, recipe=self._recipe
         )
@@ -315,7 +319,10 @@ class _Export:
 
 
 def _title(name: str | None, place: str) -> str:
-    """What the dataset is called: as it was said, or as its folder or repository is, `my-targets` as My targets."""
+    """What the dataset is called, as it was said, else after its folder or repository.
+
+    `my-targets` is shown as My targets.
+    """
     if name is not None:
         _refuse_unprintable("--name", name)
         return name

@@ -71,18 +71,19 @@ def _of_student(store: Store, recipe: Recipe, teacher_id: str) -> FeatureChoice 
 
 
 ABOUT = (
-    "What the teacher's layers say of a text, at each of its tokens (`vectors` of them) or once for "
-    "all: one row is one text and one layer. `text_key` is that of the text's row in `soft_targets`. "
-    "`values` are `vectors` times `width` numbers of the type `dtype`, one vector after another, "
-    "little endian; where there is a `scale`, a vector's numbers are multiplied by its own. Layer i is what "
-    "block i hands on, the first being 0, before any norm that follows the last. The error of "
-    "rounding is sqrt(sum (x' - x)^2 / sum x^2), x' as read back."
+    "What the teacher's layers say of a text, at each of its tokens (`vectors` of them) or once "
+    "for all: one row is one text and one layer. `text_key` is that of the text's row in "
+    "`soft_targets`. `values` are `vectors` times `width` numbers of the type `dtype`, one vector "
+    "after another, little endian; where there is a `scale`, a vector's numbers are multiplied by "
+    "its own. Layer i is what block i hands on, the first being 0, before any norm that follows "
+    "the last. The error of rounding is sqrt(sum (x' - x)^2 / sum x^2), x' as read back."
 )
 PROJECTED = (
     " Where there is a `projection`, the teacher's vectors x of `projected_from` numbers were made "
-    "narrower by the matrix P of that name: what is stored is x P, whose products are those of x in "
-    "the mean, and x P P^T times `width` / `projected_from` is what it says of x. By how much P moves the cosines "
-    "between the tokens of a text is its error: the root of the mean square over all pairs."
+    "narrower by the matrix P of that name: what is stored is x P, whose products are those of x "
+    "in the mean, and x P P^T times `width` / `projected_from` is what it says of x. By how much P "
+    "moves the cosines between the tokens of a text is its error: the root of the mean square over "
+    "all pairs."
 )
 _HEADERS = (
     "what",
@@ -143,8 +144,8 @@ def matrices_about(manifest: Manifest) -> list[str]:
             rows, columns = about["shape"]
             said = (
                 f"the teacher's input embeddings, {count(rows)} ids of {count(columns)} numbers in "
-                f"{inline(about['dtype'])}, off by {about['rounding_error']:.2e} in all. They are a "
-                "part of the teacher's weights, and its licence is theirs"
+                f"{inline(about['dtype'])}, off by {about['rounding_error']:.2e} in all. They are "
+                "a part of the teacher's weights, and its licence is theirs"
             )
         found.append(f"{place}: {said}. `numpy.load` reads it.")
     return found

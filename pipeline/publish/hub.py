@@ -67,7 +67,10 @@ class _Hub:
         self._names = [f"{self._version}/{name}" for name in names]
 
     def open(self, *, private: bool) -> str:
-        """Make the repository if need be; refuse one that is not ours, and a card that the Hub would refuse."""
+        """Make the repository if need be.
+
+        A repository that is not ours is refused, and so is a card that the Hub would refuse.
+        """
         from huggingface_hub import DatasetCard
 
         try:
@@ -156,7 +159,10 @@ class _Hub:
 
 
 def _same(info: Any, path: Path, sha256: str | None) -> bool:
-    """Whether a file of the Hub has these bytes: large ones are named by sha256, small ones as git does."""
+    """Whether a file of the Hub has these bytes.
+
+    The Hub names large files by their sha256, small ones as git does.
+    """
     if info.lfs is not None and sha256 is not None:
         return bool(info.lfs.sha256 == sha256)
     content = path.read_bytes()
@@ -175,9 +181,13 @@ def _explained(hub: _Hub) -> Iterator[None]:
         there = {
             True: "readers of the Hub see a whole version",
             False: "nothing is published yet",
-            None: "nothing of it is published yet; what readers of the Hub saw before, if anything, they still see",
+            None: (
+                "nothing of it is published yet; what readers of the Hub saw before, if anything, "
+                "they still see"
+            ),
         }[hub.seen]
         raise StillroomError(
-            f"{hub.repo}: {type(error).__name__}: {error}\nThe dataset is complete on this machine, and {there}. "
-            "Log in with `hf auth login` if that is it; run the same command to go on."
+            f"{hub.repo}: {type(error).__name__}: {error}\nThe dataset is complete on this "
+            f"machine, and {there}. Log in with `hf auth login` if that is it; run the same "
+            "command to go on."
         ) from error

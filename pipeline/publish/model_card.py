@@ -1,4 +1,6 @@
-"""The model card of a student: what it was distilled from, how, and what came of it; by the Hub's own classes.
+"""The model card of a student: what it was distilled from, how, and what came of it.
+
+It is made by the Hub's own classes.
 
 It lies in the student's folder as README.md, from when the student is trained, and in that of its
 adapter where the recipe keeps one; its results come with the evaluation.
@@ -42,7 +44,9 @@ _HUB_DATA = re.compile(r"hf://datasets/([^/]+/[^/@]+)")
 
 
 def write_student_cards(train_dirs: Iterable[Path]) -> None:
-    """Write README.md into the `student/` of each training run that has ended, and into its `adapter/` if it has one.
+    """Write README.md into the `student/` of each training run that has ended.
+
+    A run that has an `adapter/` gets one there too.
 
     Args:
         train_dirs: Each holds settings.json; train.json where it ended; evaluation.json where that
@@ -91,8 +95,8 @@ def student_card(
         title=("Adapter: " if adapter else "")
         + escaped(f"{_name(shown)}, distilled from {taught_by(shown)}"),
         summary=prose(
-            f"A student of {student_of(shown)}: {begins_as(student)}, trained by Stillroom on {learnt}."
-            + (_ADAPTER.format(inline(student["model"])) if adapter else "")
+            f"A student of {student_of(shown)}: {begins_as(student)}, trained by Stillroom on "
+            f"{learnt}." + (_ADAPTER.format(inline(student["model"])) if adapter else "")
         ),
         outcome=prose(outcome(evaluation)) if evaluation else "",
         results=_results(evaluation) if evaluation else "",
@@ -218,18 +222,18 @@ def _measured(evaluation: Mapping[str, Any]) -> str:
     labelled = on.get("labelled")
     which = "" if labelled in (None, on["tokens"]) else f", {count(labelled)} of them with a label"
     return (
-        f"On {count(on['tokens'])} {on['of']} of {count(on['prompts'])} held-out prompts{which}, which the student was "
-        "not trained on. ± is one standard error."
+        f"On {count(on['tokens'])} {on['of']} of {count(on['prompts'])} held-out prompts{which}, "
+        "which the student was not trained on. ± is one standard error."
     )
 
 
 def _made(settings: Mapping[str, Any], trained: Mapping[str, Any]) -> str:
     scored = count(trained["scored_tokens"])
     parts = [
-        f"{count(trained['steps'])} steps, {count(trained['tokens'])} tokens of which {scored} were scored, "
-        f"{trained['epochs']:g} epochs of snapshot {inline(trained['snapshot'])}; "
-        f"{count(trained['parameters'])} parameters, {count(trained['trained_parameters'])} of them trained"
-        f"{_stored(trained)}.",
+        f"{count(trained['steps'])} steps, {count(trained['tokens'])} tokens of which {scored} "
+        f"were scored, {trained['epochs']:g} epochs of snapshot {inline(trained['snapshot'])}; "
+        f"{count(trained['parameters'])} parameters, {count(trained['trained_parameters'])} of "
+        f"them trained{_stored(trained)}.",
         _identities(settings),
     ]
     if said := written_by(settings["recipe"]):
@@ -246,7 +250,8 @@ def _made(settings: Mapping[str, Any], trained: Mapping[str, Any]) -> str:
     if settings["arm"] == "baseline":
         parts.insert(
             0,
-            "This is the baseline: cross-entropy alone, same start, order and tokens as the distilled one.",
+            "This is the baseline: cross-entropy alone, same start, order and tokens as the "
+            "distilled one.",
         )
     return " ".join(parts)
 
@@ -271,7 +276,10 @@ def _stored(trained: Mapping[str, Any]) -> str:
 
 
 def _without_defaults(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """What the recipe says beside the defaults; folders of the machine it was made on say nothing."""
+    """What the recipe says beside the defaults.
+
+    Folders of the machine where it was made are left out.
+    """
     try:
         said = Recipe.model_validate(recipe).model_dump(mode="json", exclude_defaults=True)
     except ValidationError:  # of another version

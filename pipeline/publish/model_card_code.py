@@ -45,7 +45,8 @@ def student_code(recipe: Mapping[str, Any]) -> dict[str, str]:
         }
     method, asked = _question(recipe)
     return {
-        "code": 'from transformers import pipeline\n\ngenerate = pipeline("text-generation", model="path/to/student")\n'
+        "code": "from transformers import pipeline\n\n"
+        'generate = pipeline("text-generation", model="path/to/student")\n'
         f'print(generate({asked}, max_new_tokens=40)[0]["generated_text"])',
         "vllm": 'from vllm import LLM\n\nllm = LLM("path/to/student")\n'
         f"print(llm.{method}({asked})[0].outputs[0].text)",
@@ -56,7 +57,8 @@ _FACTORY = """import json
 from safetensors.torch import load_file
 
 made = json.load(open("path/to/student/factory.json"))
-# made["factory"] names the file and the function; made["files"] has the sha256 of it and of the files
+# made["factory"] names the file and the function; made["files"] has the sha256 of it and of\
+ the files
 # beside it that it needs. They are not published here.
 from FILE import FUNCTION
 

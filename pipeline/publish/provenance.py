@@ -1,4 +1,6 @@
-"""Where a published dataset comes from: models, settings, versions, prompt sources, and the licence of each.
+"""Where a published dataset comes from, and the licence of each source.
+
+Sources are models and prompts; settings and versions are named too.
 
 The rule: a dataset has a licence of its own, and that of every model whose text or distribution is
 in it and of every source of its prompts is named beside it. `export`, into a folder of yours,
@@ -82,7 +84,8 @@ def check_licenses(
             "nothing leaves without its licences. Missing:\n  "
             + "\n  ".join(missing)
             + "\nIds as on the Hub: "
-            "apache-2.0, mit, cc-by-4.0, llama3.1, other ...; `unknown` where you do not know, and readers are told."
+            "apache-2.0, mit, cc-by-4.0, llama3.1, other ...; `unknown` where you do not know, and "
+            "readers are told."
         )
     for _, value in _named([license_id or "", *models, *sources]):
         if not _LICENSE.fullmatch(value):
@@ -175,7 +178,10 @@ def public_recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _without_folders(value: Any) -> Any:
-    """Arguments of an engine: nobody knows which of them name files, so whatever looks like a path is cut."""
+    """Arguments of an engine without paths.
+
+    Nobody knows which of them name files, so whatever looks like a path is cut.
+    """
     if isinstance(value, Mapping):
         return {name: _without_folders(part) for name, part in value.items()}
     if isinstance(value, list):
@@ -237,7 +243,10 @@ def make_provenance(
 
 
 def _endpoint(about: Mapping[str, Any], license_id: str) -> dict[str, Any]:
-    """Name and licence of a model behind an endpoint; what the command line says of the licence counts more."""
+    """Name and licence of a model behind an endpoint.
+
+    What the command line says of the licence counts more.
+    """
     stated = about.get("author_license") or UNKNOWN
     license_id = stated if license_id == UNKNOWN else license_id
     return {"name": public_name(str(about["author_name"])), "license": license_id}
@@ -306,7 +315,7 @@ def _grouped(said: Sequence[tuple[Mapping[str, Any], int]]) -> list[dict[str, An
 
 
 def public_about(about: Mapping[str, Any]) -> dict[str, Any]:
-    """What a shard says of how its rows were made, without numbers of its own and paths of this machine."""
+    """What a shard says of how its rows were made, without its numbers and this machine's paths."""
     kept = {
         name: value for name, value in about.items() if name not in ("statistics", "again", "table")
     }
@@ -317,7 +326,10 @@ def public_about(about: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def without_paths(content: bytes, name: str) -> bytes:
-    """A kept file of a model without the paths that some versions of transformers write into their configs."""
+    """A kept file of a model without paths: some versions of transformers write them.
+
+    They write them into the configs.
+    """
     if name not in ("config.json", "tokenizer_config.json", "generation_config.json"):
         return content
 

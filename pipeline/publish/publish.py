@@ -16,7 +16,9 @@ _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 def publish(
     request: PublishRequest, destination: str, *, say: Callable[[str], None], private: bool = False
 ) -> dict[str, Any]:
-    """Export with every licence given; to the Hub by way of a folder in the user's cache, which a resumed upload uses.
+    """Export with every licence given.
+
+    It reaches the Hub by way of a folder in the user's cache, which a resumed upload uses.
 
     Args:
         request: What to publish.

@@ -1,4 +1,4 @@
-"""Which rows an export takes: those of a snapshot, those that a recipe selects, or all that a store holds.
+"""Which rows an export takes: a snapshot's, those a recipe selects, or all of a store.
 
 What was not a snapshot before becomes one, kept in the store as those of a training are.
 """
@@ -39,9 +39,10 @@ def _of_recipe(store: Store, recipe: Recipe) -> dict[str, Snapshot]:
     if len(recipe.several) > 1:
         names = ", ".join(one.name for one in recipe.several)
         raise UsageError(
-            f"teachers: a published folder has the rows of one teacher, and this recipe has {names}. "
-            "Export each by a copy of the recipe that has its entry alone in `teachers`: its rows "
-            "are found in the same store (where the first teacher writes, name it in generate.model)."
+            "teachers: a published folder has the rows of one teacher, and this recipe has "
+            f"{names}. Export each by a copy of the recipe that has its entry alone in `teachers`: "
+            "its rows are found in the same store (where the first teacher writes, name it in "
+            "generate.model)."
         )
     plan = make_plan(recipe)
     if not plan.snapshots:

@@ -1,4 +1,4 @@
-"""What a report is made of: sections of blocks, written once and drawn twice, as Markdown and as a page.
+"""What a report is made of: sections of blocks, written once, drawn as Markdown and as a page.
 
 All text in blocks is finished: numbers are printed already, so both pages show the same digits. It
 may hold `code` and **strong** words, nothing else of Markdown.

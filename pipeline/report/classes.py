@@ -1,4 +1,7 @@
-"""What classifiers take for what: averages of precision, recall and F1, numbers by class, and confusion matrices."""
+"""What classifiers take for what.
+
+The section has averages of precision, recall and F1, numbers by class, and confusion matrices.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,7 +21,10 @@ Cells = Sequence[Sequence[int]]
 
 
 def by_class(evaluation: Mapping[str, Any]) -> Section | None:
-    """The student's numbers in full, those of the other arms folded; None where no text has a label."""
+    """The student's numbers in full, those of the other arms folded.
+
+    None: no text has a label.
+    """
     found = evaluation.get("classes")
     if not found or not found["arms"]:
         return None
@@ -26,8 +32,8 @@ def by_class(evaluation: Mapping[str, Any]) -> Section | None:
     unit = unit_of(evaluation["measured_on"])
     about = (
         f"Precision, recall and F1 of the {unit}s with a label, ± one standard error. Macro is the "
-        f"mean over the classes that occur, weighted the mean by their {unit}s. Micro is the accuracy "
-        f"in all three, since each {unit} has one class."
+        f"mean over the classes that occur, weighted the mean by their {unit}s. Micro is the "
+        f"accuracy in all three, since each {unit} has one class."
     )
     blocks: list[Block] = [Text(about), _averages(evaluation["results"], list(arms))]
     blocks += _entities(evaluation["results"], arms)
@@ -55,7 +61,10 @@ def _averages(results: Mapping[str, Mapping[str, Any]], arms: Sequence[str]) -> 
 def _entities(
     results: Mapping[str, Mapping[str, Any]], arms: Mapping[str, Mapping[str, Any]]
 ) -> list[Block]:
-    """How many of the entities that the classes mark are found whole; nothing where they mark none."""
+    """How many of the entities that the classes mark are found whole.
+
+    The list is empty where they mark none.
+    """
     if not any("entities" in numbers for numbers in arms.values()):
         return []
     said = (
@@ -83,7 +92,7 @@ def _entities(
 
 
 def _of_arm(numbers: Mapping[str, Any], names: Sequence[str], unit: str) -> list[Block]:
-    """By class, and what was taken for what."""
+    """The measures of each class, and a table of what was taken for what."""
     shares = [
         [
             name,

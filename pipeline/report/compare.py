@@ -1,4 +1,7 @@
-"""Several runs side by side: first what was different, then what came of it, then their curves over one another."""
+"""Several runs side by side.
+
+First comes what was different, then what came of it, then their curves over one another.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -51,11 +54,13 @@ def _judged_apart(groups: Sequence[Group]) -> list[str]:
         for table in tables
     ):
         return [
-            "**These runs were judged on different held-out rows: their numbers are not comparable one to one.**"
+            "**These runs were judged on different held-out rows: their numbers are not comparable "
+            "one to one.**"
         ]
     if len(set(tables)) > 1:
         return [
-            "Some were judged on text alone, others on scored text: the same text if data and holdout agree."
+            "Some were judged on text alone, others on scored text: the same text if data and "
+            "holdout agree."
         ]
     return []
 
@@ -91,7 +96,10 @@ def _side_by_side(groups: Sequence[Group]) -> Section:
 
 
 def _over_seeds(groups: Sequence[Group]) -> Section:
-    """Runs of several seeds: means and intervals, and how the student differs from the baseline of its seed."""
+    """Runs of several seeds: means and intervals.
+
+    It also shows how the student differs from the baseline of its seed.
+    """
     found = []
     for group in groups:
         arms = group.results() | {"difference": group.difference()}
@@ -161,7 +169,10 @@ def _with_errors(intervals: Mapping[str, Interval]) -> dict[str, float | None]:
 
 
 def _differing(recipes: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """Fields that are not the same in all recipes, the run's own folder aside: the field, then its value in each."""
+    """Fields that are not the same in all recipes: the field, then its value in each.
+
+    The run's own folder is left out.
+    """
     flat = [_flat(recipe) for recipe in recipes]
     fields = dict.fromkeys(field for recipe in flat for field in recipe if field != "run.dir")
     values = {field: [recipe.get(field, "-") for recipe in flat] for field in fields}

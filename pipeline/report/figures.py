@@ -1,4 +1,7 @@
-"""The figures of a report, made from its JSON; each is a panel, and where it needs one of its own, a table."""
+"""The figures of a report, made from its JSON.
+
+Each is a panel, with a table where it needs one of its own.
+"""
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -32,7 +35,9 @@ _PARTS = (
 
 
 def losses(trained: Sequence[Named], *, of: str = "token") -> list[Panel]:
-    """A panel per part of the loss, learning rate and whatever else is scheduled, over tokens; validation dashed.
+    """A panel per part of the loss, learning rate and whatever else is scheduled, over tokens.
+
+    Validation is dashed.
 
     `of`: what the losses are means over, `token` or `text`.
     """
@@ -139,7 +144,10 @@ def position_names(edges: Sequence[int], bins: int) -> list[str]:
 
 
 def reliability(arms: Mapping[str, Sequence[Mapping[str, Any]]]) -> Lines:
-    """How often the most likely token is right, by how likely the model says it is; without bins of next to none."""
+    """How often the most likely token is right, by how likely the model says it is.
+
+    Bins that hold next to nothing are left out.
+    """
     least = {arm: sum(b["tokens"] for b in bins) * RARE for arm, bins in arms.items()}
     lines = [
         Line(
@@ -163,7 +171,10 @@ def reliability(arms: Mapping[str, Sequence[Mapping[str, Any]]]) -> Lines:
 def distributions(
     views: Mapping[str, Any], measured: Mapping[str, Any]
 ) -> list[tuple[Panel, Table]]:
-    """Histograms of the held-out rows: kept mass, the teacher's entropy, lengths; and mass by number of entries."""
+    """Histograms of the held-out rows: kept mass, the teacher's entropy and lengths.
+
+    The kept mass by number of entries is among them.
+    """
     found: list[tuple[Panel, Table]] = []
     if about := views.get("kept_mass"):
         kept = KINDS[about["kind"]].kept.format(**about)
@@ -191,7 +202,10 @@ def _histogram(
     unit: str = "tokens",
     merge: int = 1,
 ) -> tuple[Panel, Table]:
-    """Shares per bin (edges, counts), empty ends left out; `merge`: bins that the table takes together."""
+    """Shares per bin (edges, counts), empty ends left out.
+
+    `merge` is how many bins the table takes together.
+    """
     edges, counts = bins
     there = [n for n, c in enumerate(counts) if c]
     first, last = there[0] // merge * merge, there[-1]

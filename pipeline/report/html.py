@@ -1,4 +1,7 @@
-"""A report's blocks as one HTML file: styles, script and drawings inside, nothing fetched, light or dark as asked."""
+"""A report's blocks as one HTML file, light or dark as asked.
+
+Styles, script and drawings are inside, so nothing is fetched.
+"""
 
 import re
 from collections.abc import Iterator

@@ -1,4 +1,6 @@
-"""Plots of a report: lines and bars by matplotlib, as SVG that lies inside a page and follows its colours.
+"""Plots of a report: lines and bars by matplotlib, as SVG.
+
+They lie inside a page and follow its colours.
 
 Colours are names of CSS variables (`--student`, `--ink` ...), so that one drawing serves light and
 dark; text is text.
@@ -210,7 +212,10 @@ def short(value: float) -> str:
 
 
 def _inline(drawn: str, title: str) -> str:
-    """An SVG file of matplotlib's as an element: variables for colours, the page's font, a size that fits its box."""
+    """An SVG file of matplotlib's as an element of a page.
+
+    Its colours are variables, its font is the page's, and its size fits its box.
+    """
     drawn = drawn[drawn.index("<svg") :]
     drawn = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", drawn, flags=re.DOTALL)
     drawn = re.sub(r"(font(?:-family)?: [^;\"]*?)'DejaVu Sans'[^;\"]*", r"\1var(--sans)", drawn)

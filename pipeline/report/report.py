@@ -1,4 +1,6 @@
-"""The report of a run, made and shown: what was gained, and the facts behind it; as a page, Markdown and JSON.
+"""The report of a run, as a page, Markdown and JSON.
+
+It says what was gained, and shows the facts behind it.
 
 It is made from `evaluation.json`, `train.json` and `settings.json` of a training run and from what
 the runner knows; nothing here loads a model or opens a store. `compare.py` lays several over one
@@ -151,12 +153,18 @@ def outcome(evaluation: Mapping[str, Any]) -> str:
     if measure == "kl_teacher":
         how = f"{nats(abs(gap))} nats {'closer to' if gap <= 0 else 'farther from'} the teacher"
     else:
-        how = f"{nats(abs(gap))} nats {'better' if gap <= 0 else 'worse'} at predicting the held-out text"
+        how = (
+            f"{nats(abs(gap))} nats {'better' if gap <= 0 else 'worse'} at predicting the held-out "
+            "text"
+        )
     return f"The distilled student is {how} than {than} ({values})."
 
 
 def results_table(results: Results) -> "Table":
-    """The results for a terminal, 80 columns wide at most; cross-entropy and KL in nats per token."""
+    """The results for a terminal, 80 columns wide at most.
+
+    Cross-entropy and KL are in nats per token.
+    """
     from rich.table import Table
 
     columns = measures(results.values())

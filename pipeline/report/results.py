@@ -1,4 +1,7 @@
-"""The results of a report: which measures there are, as a table and in words, bounds and errors named."""
+"""The results of a report, as a table and in words, bounds and errors named.
+
+It also says which measures there are.
+"""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -84,7 +87,10 @@ def measures(results: Iterable[Mapping[str, Any]]) -> list[Measure]:
 
 
 def unit_of(measured: Mapping[str, Any]) -> str:
-    """What a number is a mean over, as a singular; `measured`: what an evaluation was measured on."""
+    """What a number is a mean over, as a singular.
+
+    `measured` is what an evaluation was measured on.
+    """
     return str(measured.get("of", "tokens")).removesuffix("s")
 
 
@@ -160,9 +166,9 @@ def _measured_on(measured: Mapping[str, Any], unshared: float) -> list[str]:
         over = "" if whole else " over texts"
         return [
             f"Measured on {count(measured['tokens'])} held-out {measured['of']}{texts}"
-            f"{_with_label(measured)}; ± is one standard error{over}. Cross-entropy is with the gold "
-            "labels, KL(teacher || student) exact. ECE: expected calibration error of the most "
-            f"likely class, {bins} equal-width bins. All of it is at temperature 1."
+            f"{_with_label(measured)}; ± is one standard error{over}. Cross-entropy is with the "
+            "gold labels, KL(teacher || student) exact. ECE: expected calibration error of the "
+            f"most likely class, {bins} equal-width bins. All of it is at temperature 1."
         ]
     hidden = unit_of(measured) == TASKS["masked_lm"].unit
     guessed = "token where one is hidden" if hidden else "next token"
@@ -175,7 +181,8 @@ def _measured_on(measured: Mapping[str, Any], unshared: float) -> list[str]:
     ]
     if measured["reference"] is None:
         return [
-            f"{notes[0]} No teacher distribution was stored (no `score` section), so there is no KL."
+            f"{notes[0]} No teacher distribution was stored (no `score` section), so there is no "
+            "KL."
         ]
     about = (
         "Acceptance: how often the teacher accepts a token that the arm proposes in speculative "
@@ -195,7 +202,10 @@ def _measured_on(measured: Mapping[str, Any], unshared: float) -> list[str]:
             if measured["kl_is_lower_bound"]
             else "are left out of the KL, the teacher renormalised"
         )
-        about += f" Tokens that the student lacks hold {unshared:.2g} of the teacher's probability and {how}."
+        about += (
+            f" Tokens that the student lacks hold {unshared:.2g} of the teacher's probability and "
+            f"{how}."
+        )
     return [*notes, about]
 
 
@@ -213,8 +223,8 @@ def _with_label(measured: Mapping[str, Any]) -> str:
             ", of which none has a gold label: only how close to the teacher a student is is known"
         )
     return (
-        f", of which {count(labelled)} have a gold label: accuracy, F1, cross-entropy and ECE are on "
-        "those, the others on all"
+        f", of which {count(labelled)} have a gold label: accuracy, F1, cross-entropy and ECE are "
+        "on those, the others on all"
     )
 
 
@@ -223,7 +233,8 @@ def _paired(differences: Results, measured: Mapping[str, Any]) -> list[str]:
     lines, labelled = [], of_classes(measured)
     for arm, difference in differences.items():
         parts = [
-            f"{words} {decimals(scale * difference[name], places, error=error and scale * error)} {unit}"
+            f"{words} {decimals(scale * difference[name], places, error=error and scale * error)} "
+            f"{unit}"
             for name, words, scale, places, unit in PAIRED
             for error in [difference.get(f"{name}_se")]
             if name in difference and not (labelled and name == "acceptance")
@@ -239,7 +250,8 @@ def _gradient(evaluation: Mapping[str, Any]) -> list[str]:
     if not found:
         return []
     parts = [
-        f"{ARMS[arm]} {decimals(turned['angle_degrees'], 2)} degrees, {decimals(turned['norm_ratio'], 3)} of its length"
+        f"{ARMS[arm]} {decimals(turned['angle_degrees'], 2)} degrees, "
+        f"{decimals(turned['norm_ratio'], 3)} of its length"
         for arm, turned in found.items()
     ]
     tokens = next(iter(found.values()))["tokens"]
@@ -291,7 +303,7 @@ _FORMS = {
 
 
 def by_teacher(report: Mapping[str, Any]) -> Section | None:
-    """Of several teachers: who each is, its share, and every arm on the texts that it was asked for."""
+    """Of several teachers: who each is, its share, and every arm on the texts asked of it."""
     found = report["evaluation"].get("teachers")
     if not found:
         return None
@@ -313,10 +325,10 @@ def by_teacher(report: Mapping[str, Any]) -> Section | None:
         for arm, result in one["arms"].items()
     ]
     about = (
-        "Each teacher by itself, on the held-out texts that its `where` takes. The results above are "
-        "over all held-out texts; KL and agreement there are means over the teachers of each text, by "
-        "their weights at the end of the training. What is no mean, the teachers' ECE say, is that of "
-        "each text's first teacher."
+        "Each teacher by itself, on the held-out texts that its `where` takes. The results above "
+        "are over all held-out texts; KL and agreement there are means over the teachers of each "
+        "text, by their weights at the end of the training. What is no mean, the teachers' ECE "
+        "say, is that of each text's first teacher."
     )
     tables = [
         Table(headers, who, text_columns=5),

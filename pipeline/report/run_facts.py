@@ -1,4 +1,7 @@
-"""The last sections of a report, from what the runner knows: time and bytes by stage, and provenance."""
+"""The last sections of a report, from what the runner knows.
+
+They are time and bytes by stage, and provenance.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -33,7 +36,10 @@ def stages(facts: Mapping[str, Any]) -> Section | None:
         for name, stage in facts["stages"].items()
     ]
     headers = ["stage", "rows", "tokens", "rejected", "bytes", "bytes/token", "time", "tokens/s"]
-    note = "Rows and tokens are this run's; bytes and time are those of the whole store, which runs share."
+    note = (
+        "Rows and tokens are this run's; bytes and time are those of the whole store, which runs "
+        "share."
+    )
     return Section(
         "Time and bytes",
         [Table(headers, rows), Text(note), *_columns(facts["stages"]), *_clocks(facts["stages"])],

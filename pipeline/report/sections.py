@@ -1,4 +1,4 @@
-"""The sections of a report, each made from one part of `report.json`; None where nothing is known."""
+"""The sections of a report, each made from a part of `report.json`. None: nothing is known."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -211,7 +211,7 @@ def _rate_of(train: Mapping[str, Any]) -> str:
 
 
 def training(trained: Mapping[str, Mapping[str, Any]], *, of: str) -> Section | None:
-    """Loss parts and learning rate over tokens, of all arms; losses are per token or per text (`of`)."""
+    """Loss parts and learning rate over tokens, of all arms. `of`: losses are per token or text."""
     numbers = [found for arm, train in trained.items() if (found := curve(arm, train))]
     if not numbers:
         return None
@@ -280,7 +280,7 @@ def thinned(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def distance(evaluation: Mapping[str, Any]) -> Section | None:
-    """Where the students are off: by position, and how far their confidence is what it should be."""
+    """Where the students are off: by position, and by how well their confidence is calibrated."""
     panels: list[Any] = []
     numbers: list[Block] = []
     about = (evaluation.get("views") or {}).get("by_position")

@@ -20,7 +20,10 @@ Interval = tuple[float, float | None]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Group:
-    """Reports of one recipe with different seeds, by run folder; a report on its own is a group too."""
+    """Reports of one recipe with different seeds, by run folder.
+
+    A report on its own is a group too.
+    """
 
     reports: Mapping[str, Mapping[str, Any]]
 
@@ -46,7 +49,10 @@ class Group:
         return {arm: _intervals([results[arm] for results in found]) for arm in arms}
 
     def difference(self) -> dict[str, Interval]:
-        """Student minus baseline by measure, taken seed by seed; nothing where there is no baseline."""
+        """Student minus baseline by measure, taken seed by seed.
+
+        It is empty where there is no baseline.
+        """
         pairs = [report["evaluation"]["results"] for report in self.reports.values()]
         if any("baseline" not in pair for pair in pairs):
             return {}
@@ -62,7 +68,7 @@ class Group:
         )
 
     def summary(self) -> dict[str, Any]:
-        """For machines: runs, seeds, and of each measure the mean and `half_width` of its interval."""
+        """For machines: runs, seeds, and of each measure the mean and the `half_width`."""
         return {
             "runs": list(self.reports),
             "seeds": self.seeds,
@@ -72,7 +78,10 @@ class Group:
 
 
 def grouped(reports: Mapping[str, Mapping[str, Any]]) -> list[Group]:
-    """Reports by recipe, `run.seed` and `run.dir` aside; one of a seed that is there already stands on its own."""
+    """Reports by recipe, `run.seed` and `run.dir` aside.
+
+    A report whose seed is there already stands on its own.
+    """
     groups: dict[str, dict[str, Mapping[str, Any]]] = {}
     for folder, report in reports.items():
         name, seed = _name(report), _seed(report)
@@ -83,7 +92,10 @@ def grouped(reports: Mapping[str, Mapping[str, Any]]) -> list[Group]:
 
 
 def interval(values: Sequence[float]) -> Interval:
-    """Mean and half-width of Student's t interval, mean ± t s / sqrt(n): independent draws, roughly normal."""
+    """Mean and half-width of Student's t interval, mean ± t s / sqrt(n).
+
+    It assumes independent draws, roughly normal.
+    """
     mean = statistics.fmean(values)
     if len(values) < 2:
         return mean, None
@@ -91,9 +103,11 @@ def interval(values: Sequence[float]) -> Interval:
 
 
 def t_quantile(freedom: int, confidence: float = CONFIDENCE) -> float:
-    """The t with P(|T| <= t) = confidence, T of Student's distribution with `freedom` degrees of freedom.
+    """The t with P(|T| <= t) = confidence, T of Student's distribution.
 
-    Bisects over the angle arctan(t / sqrt(freedom)), in which that probability is a finite sum
+    The distribution has `freedom` degrees of freedom.
+
+    It bisects over the angle arctan(t / sqrt(freedom)), in which that probability is a finite sum
     (Abramowitz and Stegun 1964, 26.7.3 and 26.7.4).
     """
     low, high = 0.0, math.pi / 2

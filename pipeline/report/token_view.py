@@ -1,4 +1,7 @@
-"""Rows token by token: what teacher and students say at each, for a page, for Markdown and for a terminal."""
+"""Rows token by token: what teacher and students say at each token.
+
+They are drawn for a page, for Markdown and for a terminal.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -64,7 +67,10 @@ class TokenRow:
 
 
 def rows_of(evaluation: Mapping[str, Any]) -> list[TokenRow]:
-    """The rows that an evaluation holds token by token; none of one without a teacher's distribution."""
+    """The rows that an evaluation holds token by token.
+
+    One without a teacher's distribution holds none.
+    """
     views = evaluation.get("views") or {}
     pieces = views.get("pieces", {})
     return [_row(row, pieces) for row in views.get("rows", [])]
@@ -111,7 +117,10 @@ def _said(party: Mapping[str, Any], n: int, pieces: Mapping[str, str]) -> Said:
 
 
 def shade(nats: float) -> float:
-    """0 to 1, how strongly a token is coloured: 1 - exp(-nats), so half at 0.7 nats, nearly all at 3."""
+    """0 to 1, how strongly a token is coloured: 1 - exp(-nats).
+
+    So it is half at 0.7 nats, and nearly all at 3.
+    """
     return 1 - exp(-max(nats, 0.0))
 
 
@@ -156,7 +165,9 @@ def worst(row: TokenRow, arm: str, many: int) -> list[Position]:
 
 
 def drawn(row: TokenRow, *, columns: int, colours: bool) -> list["RenderableType"]:
-    """A row for a terminal `columns` wide: its text, coloured by the first arm's KL, then a line per scored token.
+    """A row for a terminal `columns` wide: its text, then a line per scored token.
+
+    The text is coloured by the first arm's KL.
 
     `colours`: False for a pipe; the text is plain there.
     """
@@ -174,7 +185,10 @@ def drawn(row: TokenRow, *, columns: int, colours: bool) -> list["RenderableType
 
 
 def coloured(parts: Sequence[tuple[str, float | None]], *, colours: bool) -> "Text":
-    """Running text for a terminal: its parts, each with the nats that colour it; None: it is not scored."""
+    """Running text for a terminal: its parts, each with the nats that colour it.
+
+    A part with None is not scored.
+    """
     from rich.text import Text
 
     if not colours:

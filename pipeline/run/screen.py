@@ -1,4 +1,6 @@
-"""What a person sees of a run: one screen with all stages on a terminal, plain lines with the same facts elsewhere.
+"""What a person sees of a run.
+
+On a terminal it is one screen with all stages, elsewhere plain lines with the same facts.
 
 The runner owns it and feeds it: with the plan's books, with what the process of the stage under way
 tells (`progress.ToldProgress`), and with moments to draw in. Only the runner's process writes to
@@ -188,7 +190,10 @@ class Screen:
         self._measure()
 
     def _rewind(self) -> None:
-        """A narrower terminal has broken the lines that stand there into more: go up over those too."""
+        """Go up over the lines that stand there.
+
+        A narrower terminal has broken them into more lines, so go up over those too.
+        """
         width = self._console.width
         if not self._animated or not self._widths:
             return
@@ -272,7 +277,10 @@ class Screen:
 
     @staticmethod
     def _counts(row: _Row) -> list[str]:
-        """Tokens, tokens/s, rejects and bytes: this process's while it works, then what is in the books."""
+        """Tokens, tokens/s, rejects and bytes of a stage.
+
+        They are this process's while it works, and then what is in the books.
+        """
         meter, books = row.meter, row.books
         under_way = row.state in ("running", "stopped")
         tokens = meter.tokens if under_way else books.tokens or meter.tokens
@@ -311,7 +319,10 @@ class _Console(Terminal):
 
 
 def _fitting(width: int) -> list[str]:
-    """The columns of numbers that a terminal has room for, beside the names of stages and their bars."""
+    """The columns of numbers that a terminal has room for.
+
+    Beside them stand the names of stages and their bars.
+    """
     found = dict(_COLUMNS)
     for name in _LEFT_OUT:
         if 8 + 1 + 8 + sum(1 + least for least in found.values()) > width:

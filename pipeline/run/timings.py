@@ -1,4 +1,7 @@
-"""What the stages of a run folder took, the last time that each worked: where its time went, and what to expect."""
+"""What the stages of a run folder took, the last time that each worked.
+
+It says where the time went, and what to expect.
+"""
 
 import json
 from contextlib import suppress
@@ -46,7 +49,10 @@ class Pace:
         return None if found is None else dict(found["clock"])
 
     def expected(self, stages: list[StagePlan]) -> dict[str, float | None]:
-        """Seconds that each stage with work is likely to take; None where nothing like it was measured here."""
+        """Seconds that each stage with work is likely to take.
+
+        It is None where nothing like it was measured here.
+        """
         return {line.name: self._expect(line) for line in stages if line.state != "done"}
 
     def _expect(self, line: StagePlan) -> float | None:

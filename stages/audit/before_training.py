@@ -1,14 +1,15 @@
-"""The audit before training: do the first rows' tokens and targets belong together, and does the student read them so?
+"""The audit before training: do the first rows' tokens and targets belong together?
 
-What is found here would else show as a student that learns badly, a day later. Three questions, no
-teacher needed:
+It also asks whether the student reads them so. What is found here would else show as a student that
+learns badly, a day later. There are three questions, and no teacher is needed:
 
-    text      do the ids say the same in the student's tokenizer as in the teacher's, and is what the completion's say
-              the text that was written down?
-    targets   is the stored log-probability of the token that follows the one that the entries give it?
-    place     do the targets predict the tokens that they stand beside (`misplaced_targets.py`)? Is
-              text that the teacher drew as likely as the entropy says? A scorer that is off by one
-              agrees with itself: only this finds it.
+    text      do the ids say the same in the student's tokenizer as in the teacher's, and is
+              what the completion's say the text that was written down?
+    targets   is the stored log-probability of the token that follows the one that the entries
+              give it?
+    place     do the targets predict the tokens that they stand beside (`misplaced_targets.py`)?
+              Is text that the teacher drew as likely as the entropy says? A scorer that is off
+              by one agrees with itself: only this finds it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -157,10 +158,10 @@ def _check_tokenizers(rows: Sequence[Row], fit: Fit) -> Any:
 
 
 def _check_text(store: Store, rows: Sequence[Row], tokenizer: Any) -> None:
-    """What follows the prompt is the text that was written down, and what is scored are its generation's spans.
+    """What follows the prompt is the text that was written down.
 
-    Read by the teacher's tokenizer, as it was written: which tokens are special may differ between
-    the two.
+    What is scored are the spans of its generation. The teacher's tokenizer reads the text, as it
+    was written: which tokens are special may differ between the two.
     """
     if rows and "text" in rows[0]:
         # Black-box: the rows are generations themselves.
@@ -258,7 +259,7 @@ def _check_place(rows: Sequence[Row], head: Head, *, own_text: bool) -> list[str
 
 
 def _plain(text: str) -> str:
-    """A text without what decoding its tokens apart may change: blanks, and characters cut in two."""
+    """A text without what decoding tokens apart may change: blanks, and characters cut in two."""
     return "".join(text.split()).replace("\ufffd", "")
 
 

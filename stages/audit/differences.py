@@ -2,11 +2,12 @@
 
 The teacher reads each row twice: alone, and among others, padded, which changes the order of the
 sums inside. So what arithmetic alone may do is measured, not assumed. Per quantity of a row, in
-nats, one value per position or entry:
+nats, there is one value per position or entry:
 
     d = |stored - measured|             what is judged; measured: the row read alone
-    r = |stored| * 2**-(bits + 1)       the most that rounding to `bits` bits of mantissa did; of a tail that is
-                                        bounded (`tail_bound`), that bound besides
+    r = |stored| * 2**-(bits + 1)       the most that rounding to `bits` bits of mantissa did;
+                                        of a tail that is bounded (`tail_bound`), that bound
+                                        besides
     n = |measured - measured again|     the noise of the arithmetic
 
 A row is right if, for each quantity,
@@ -14,11 +15,11 @@ A row is right if, for each quantity,
     max(d - r)   <=  ABSOLUTE + 4 eps + NOISE * (largest max(n) of any row)
     mean(d - r)  <=  ABSOLUTE + 4 eps + NOISE * (largest mean(n) of any row)
 
-with eps of the dtype that the teacher computes in (2**-7 in bfloat16). Two engines add in other orders, as
-rows alone and among others do: in float32 within ABSOLUTE, in half precision within that noise. An
-entropy that is a lower bound may be less than measured by anything. Drawn ids do not repeat: of
-sampled targets `draws` is compared, a mean that is 0 in expectation (`numbers.py`), and chance
-takes the place of r.
+with eps of the dtype that the teacher computes in (2**-7 in bfloat16). Two engines add in other
+orders, as rows alone and among others do: in float32 within ABSOLUTE, in half precision within that
+noise. An entropy that is a lower bound may be less than measured by anything. Drawn ids do not
+repeat: of sampled targets `draws` is compared, a mean that is 0 in expectation (`numbers.py`), and
+chance takes the place of r.
 """
 
 from collections.abc import Mapping, Sequence
@@ -47,7 +48,10 @@ BOUNDLESS = 1e6
 
 @dataclass(kw_only=True, slots=True)
 class Quantity:
-    """One quantity over all rows that were read, in nats; `draws`: over rows, their mean over positions."""
+    """One quantity over all rows that were read, in nats.
+
+    `draws` are compared over rows, by the mean of each over its positions.
+    """
 
     values: int = 0
     worst: float = 0.0
@@ -65,7 +69,7 @@ class Quantity:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Difference:
-    """One quantity of one row, in nats: of d, of d - r, of r and of n what is needed to judge it."""
+    """One quantity of one row, in nats: what is needed of d, d - r, r and n to judge it."""
 
     values: int
     worst: float
@@ -104,7 +108,10 @@ class SecondReading:
 
 
 def over_rows(readings: Sequence[SecondReading], eps: float) -> dict[str, Quantity]:
-    """Each quantity over all rows that have it, and how far it may be off; `eps` of the teacher's dtype."""
+    """Each quantity over all rows that have it, and how far it may be off.
+
+    `eps` is that of the teacher's dtype.
+    """
     names = sorted({name for reading in readings for name in reading.differences})
     found = {}
     for name in names:
@@ -129,7 +136,10 @@ def over_rows(readings: Sequence[SecondReading], eps: float) -> dict[str, Quanti
 def slack_of(
     row: StoredRow, stored: "Numbers", part: slice | np.ndarray = slice(None)
 ) -> dict[str, np.ndarray]:
-    """R of each quantity of some of a row's targets: its rounding; of a tail that is bounded, the bound too."""
+    """The r of each quantity of some of a row's targets: its rounding.
+
+    A tail that is bounded has the bound besides.
+    """
     slack = {
         name: rounding(values, row.columns["mantissa_bits"]) for name, values in stored.items()
     }
@@ -197,7 +207,10 @@ def _compare_draws(measured: "Numbers", again: "Numbers") -> Difference:
 
 
 def _apart(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """|a - b| in float64; 0 where both are -inf, `BOUNDLESS` where one is or where a number is none."""
+    """|a - b| in float64.
+
+    It is 0 where both are -inf, and `BOUNDLESS` where only one is or a number is missing.
+    """
     with np.errstate(invalid="ignore"):  # -inf - -inf
         apart = np.abs(a.astype(np.float64) - b)
     apart = np.where(a == b, 0.0, apart)

@@ -1,7 +1,7 @@
-"""Every shard of what is about to be learnt from or judged on, once on each machine.
+"""Every shard of what is about to be learnt from or judged on, checked once on each machine.
 
-Each row by itself (`storage/integrity/checked.py`), and whether the first rows of a shard have their own
-targets: what is moved by a row or a position may agree with itself in every row.
+Each row by itself (`storage/integrity/checked.py`), and whether the first rows of a shard have
+their own targets: what is moved by a row or a position may agree with itself in every row.
 """
 
 from collections.abc import Iterator, Sequence
@@ -33,9 +33,13 @@ _ASKED_AT_ONCE = 8  # files: on an object store each is a round trip
 def check_rows(
     store: Store, snapshots: Sequence[Snapshot], job: Job, *, lenient: bool = False
 ) -> dict[str, Held]:
-    """Check the files that this machine has not checked yet; what is known of each, by its hash.
+    """Check the files that this machine has not checked yet.
 
-    `lenient`: say what cannot be a teacher's numbers and go on; rows that cannot be read are refused.
+    With `lenient`, numbers that cannot be a teacher's are reported, and the check goes on. Rows
+    that cannot be read are refused.
+
+    Returns:
+        What is known of each file, by its hash.
 
     Raises:
         IntegrityError: a row cannot be right; names file, row and column. Or a matrix that rows
@@ -90,8 +94,8 @@ def check_vocabulary(
 ) -> None:
     """Refuse texts with a token that the student does not have.
 
-    A shard may hold rows that this student is not to learn from: they are asked only where the whole
-    has a higher id.
+    A shard may hold rows that this student is not to learn from: they are asked only where the
+    whole has a higher id.
 
     Raises:
         UsageError: a row has one; names it.
@@ -117,7 +121,7 @@ def check_places(
 ) -> None:
     """Ask the first rows of each shard that this machine has not asked yet whose targets they have.
 
-    To be called after `check_rows`. `lenient`: say what is found, and go on.
+    It is to be called after `check_rows`. `lenient`: say what is found, and go on.
 
     Raises:
         IntegrityError: they have those of the position or the row beside their own; names the file.
@@ -135,7 +139,8 @@ def check_places(
         if found := shifted(rows, head):
             said.append(
                 f"{file.files.root}/{file.name}: rows 0 to {len(rows) - 1} (from "
-                f"{rows[0]['key'].hex()} on): the targets are {found}. Expected each position's own."
+                f"{rows[0]['key'].hex()} on): the targets are {found}. Expected each position's "
+                "own."
             )
         else:
             memory.keep(name, "own")

@@ -1,4 +1,7 @@
-"""What is the matter with a row whose targets are off: another position's, other tokens', or nobody's that was read."""
+"""What is the matter with a row whose targets are off.
+
+They may be another position's, other tokens', or nobody's that was read.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -21,7 +24,9 @@ def explain(
     readings: Sequence[SecondReading],
     limits: Mapping[str, Quantity],
 ) -> tuple[Fault, str]:
-    """The fault of a row that is off, and the same in words; of several spans it names those that are off.
+    """The fault of a row that is off, and the same in words.
+
+    Of several spans it names those that are off.
 
     Args:
         reading: Of the row.
@@ -47,7 +52,10 @@ def _fault(
     readings: Sequence[SecondReading],
     limits: Mapping[str, Quantity],
 ) -> tuple[Fault, str]:
-    """What is the matter with the targets of the spans that are off; `off`: which of the N targets they have."""
+    """What is the matter with the targets of the spans that are off.
+
+    `off` says which of the N targets they have.
+    """
     row = reading.row
     # The first and the last of a span are left out if there are more: what shifted the targets may
     # have had nothing to put there.
@@ -80,7 +88,10 @@ def _fault(
 def _others(
     reading: SecondReading, readings: Sequence[SecondReading]
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Whose targets those of a row may be, in words, and the entropies there: of other rows, then of any span."""
+    """Whose targets those of a row may be, in words, and the entropies there.
+
+    Other rows come first, then any span.
+    """
     for other in readings:
         if other is not reading:
             yield f"row {other.row.key.hex()}", other.entropy
@@ -110,8 +121,8 @@ def _fits(
         stored["entropy"] = np.maximum(stored["entropy"], measured["entropy"])
     slack = slack_of(row, stored, part)
     found = compare(stored, measured, again=measured, slack=slack)
-    # Shifted, `token_logprob` would fit only if the token, too, was looked up in the wrong place. Of
-    # an imported row the entropy and the tail are bounds.
+    # Shifted, `token_logprob` would fit only if the token, too, was looked up in the wrong place.
+    # Of an imported row the entropy and the tail are bounds.
     named = {"logprobs"} if row.imported else found.keys() - ({"token_logprob"} if shift else set())
     return all(found[name].within(limits[name]) for name in named)
 

@@ -1,16 +1,17 @@
-"""Deep verification of features: the teacher reads texts again, and its states are compared with those that are stored.
+"""Deep verification of features: the teacher reads texts again.
 
-How far two sets of vectors are apart is e = |x' - x| / |x|, x' as read back, over all numbers of a
-row. A stored row may be off by the sum of
+Its states are compared with those that are stored. Over all numbers of a row, two sets of vectors
+are apart by e = |x' - x| / |x|, x' as read back. A stored row may be off by the sum of
 
     1.25 r          r its `rounding_error`, as the row states it
-    4 d             d how far apart the row's states are read alone and beside another text, padded
+    4 d             d how far apart the row's states are read alone and beside another text,
+                    padded
     0.001
     4 eps           of the teacher's dtype
 
-States of another token, another text or another layer are about 1 apart. A pooled row is one vector, which
-is compared as rows of many are. What a row's matrix made narrower is compared with the teacher's vectors
-times that matrix.
+States of another token, another text or another layer are about 1 apart. A pooled row is one
+vector, which is compared as rows of many are. What a row's matrix made narrower is compared with
+the teacher's vectors times that matrix.
 """
 
 from collections.abc import Collection, Iterator, Sequence
@@ -329,7 +330,10 @@ class _Reader:
         )
 
     def noise(self, row: StoredFeature) -> float:
-        """How far apart a row's states are, read alone and beside a longer text: padded, where that changes nothing."""
+        """How far apart a row's states are, read alone and beside a longer text.
+
+        Beside it the row is padded, unless that changes its states.
+        """
         longer = np.append(row.text, row.text[-1])
         alike = len(longer) > self._limit or changes_beyond(self._model.config) is not None
         both = [row.text, row.text if alike else longer]
@@ -341,7 +345,10 @@ class _Reader:
     def states(
         self, texts: Sequence[np.ndarray], names: Sequence[Name], matrix: np.ndarray | None = None
     ) -> list[Found]:
-        """The features of these names of some texts, read together; of projected kinds by this matrix."""
+        """The features of these names of some texts, read together.
+
+        Those of projected kinds are narrowed by this matrix.
+        """
         whole = {name: (_whole(name[0]), name[1]) for name in names}
         features = [Feature(kind=kind, layer=layer, bits=32) for kind, layer in whole.values()]
         inputs = self._tensors(texts)

@@ -1,8 +1,10 @@
-"""Deep verification of matrices that a store keeps: a teacher's embeddings, and projections made again from their seed.
+"""Deep verification of matrices that a store keeps.
+
+These are a teacher's embeddings, and projections, made again from their seed.
 
 What is kept may be off from what is right, number by number, by one step of its dtype there, for
-another machine may round the other way, and by 1e-9. Embeddings that an adapter was merged into were
-computed: they may be off by 4 eps of the teacher's dtype too.
+another machine may round the other way, and by 1e-9. Embeddings that an adapter was merged into
+were computed: they may be off by 4 eps of the teacher's dtype too.
 """
 
 from collections.abc import Callable, Mapping
@@ -55,7 +57,10 @@ class MatrixRead:
 
 
 def stored_matrices(store: Store, teacher_id: str) -> list[StoredMatrix]:
-    """The embeddings of a teacher, and the projections; `verify` names those that cannot be read."""
+    """The embeddings of a teacher, and the projections.
+
+    Those that cannot be read are left out: `verify` names them.
+    """
     head, found = _head(store, teacher_id), []
     for name in names(store.files):
         with suppress(IntegrityError):

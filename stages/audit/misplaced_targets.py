@@ -1,18 +1,20 @@
-"""Whether targets belong to the tokens that they stand beside, seen without their teacher: by what they find likely.
+"""Whether targets belong to the tokens that they stand beside.
 
-With l_s(n) the log-probability that the target at position n gives the token at n + s, and H its
-entropy, targets that are in place find their own tokens likely: l_0 is above l_1 and l_-1 in the
-mean. Measured on texts that small teachers were trained on, and on others (verse, encyclopedia,
-code, another language): by 0.5 nats and more. Otherwise they are
+It is seen without their teacher, by what they find likely. With l_s(n) the log-probability that the
+target at position n gives the token at n + s, and H its entropy, targets that are in place find
+their own tokens likely: l_0 is above l_1 and l_-1 in the mean. It is so by 0.5 nats and more,
+measured on texts that small teachers were trained on, and on others (verse, encyclopedia, code,
+another language). Otherwise they are
 
-    shifted     where the token beside, s = 1 or -1, is the likely one, beyond chance: above their own and above
-                that of the other side; and one of two more things says that it is their own:
+    shifted     where the token beside, s = 1 or -1, is the likely one, beyond chance: above
+                their own and above that of the other side; and one of two more things says that
+                it is their own:
                 it fits:  -l_s is as low as H says, much lower than -l_0 beside H
                 blind:    their own token is no likelier than that on the other side
                 The same with the tokens of the row after and the row before.
-    unknowing   where -l_0 is far above H, beyond chance, and l_0 no better than its neighbours: sure, of nothing here.
-                So are targets of any other tokens, and those of a teacher that does not know such
-                text
+    unknowing   where -l_0 is far above H, beyond chance, and l_0 no better than its neighbours:
+                sure, of nothing here. So are targets of any other tokens, and those of a
+                teacher that does not know such text
 
 Chance is counted over the distinct tokens that predict, not over positions: a text that repeats
 itself, read by a teacher that knows nothing, is one accident many times over. (A teacher without
@@ -52,7 +54,9 @@ _LM = HEADS["lm"]
 
 
 def shifted(rows: Sequence[Row], head: Head = _LM) -> str | None:
-    """Whose the targets of some `soft_targets` rows are in place of their own, in words; None: nobody else's.
+    """Whose the targets of some `soft_targets` rows are in place of their own, in words.
+
+    None: nobody else's are seen.
 
     Rows are in the order of the store, and not of texts with one target each.
     """
@@ -100,7 +104,10 @@ def _belong(
 
 
 def unknowing(rows: Sequence[Row]) -> str | None:
-    """How little the targets know of any token here, in words; None: they know something, or claim nothing."""
+    """How little the targets know of any token here, in words.
+
+    None: they know something, or claim nothing.
+    """
     if (found := _by_position([row for row in rows if _measures(row)], _LM)) is None:
         return None
     before, own, after, entropy, predicting = found
@@ -120,7 +127,10 @@ def unknowing(rows: Sequence[Row]) -> str | None:
 
 
 def surprise(rows: Sequence[Row]) -> float | None:
-    """How much less likely the teacher finds the text than the targets' entropy says, nats; None if that is chance."""
+    """How much less likely the teacher finds the text than the targets' entropy says, nats.
+
+    None: that is chance.
+    """
     found = [
         -row["token_logprob"].astype(np.float64) - row["entropy"] for row in rows if _measures(row)
     ]
@@ -134,12 +144,17 @@ def at_one(row: Row) -> bool:
 
 
 def _measures(row: Row) -> bool:
-    """Whether a row's entropy says how likely the teacher's own text is: at temperature 1, and no bound."""
+    """Whether a row's entropy says how likely the teacher's own text is.
+
+    It does at temperature 1, if it is no bound.
+    """
     return at_one(row) and not row.get("entropy_is_bound")
 
 
 def beyond_chance(values: np.ndarray, *, of: np.ndarray) -> bool:
-    """Whether a mean is so far above 0 that neither chance nor a teacher that is a little off explains it.
+    """Whether a mean is so far above 0 that something must be wrong.
+
+    Neither chance nor a teacher that is a little off explains it then.
 
     Args:
         values: [N].
@@ -158,7 +173,10 @@ def _mean(values: np.ndarray, *, of: np.ndarray) -> tuple[float, float]:
 
 
 def _by_position(rows: Sequence[Row], head: Head) -> np.ndarray | None:
-    """[5, N] of the inner positions of all rows: l_-1, l_0, l_1, entropy, the token that predicts; None if none."""
+    """[5, N] of the inner positions of all rows: l_-1, l_0, l_1, entropy, the token that predicts.
+
+    None: there are none.
+    """
     parts = []
     for row in rows:
         tokens = _outcomes(row, head)
@@ -174,7 +192,7 @@ def _by_position(rows: Sequence[Row], head: Head) -> np.ndarray | None:
 def _by_row(rows: Sequence[Row], head: Head) -> np.ndarray | None:
     """The same with the tokens of the row before, the own and the row after.
 
-    Span by span, as far as all three go.
+    It goes span by span, as far as all three go.
     """
     parts = []
     for three in zip(rows, rows[1:], rows[2:], strict=False):
@@ -191,7 +209,10 @@ def _by_row(rows: Sequence[Row], head: Head) -> np.ndarray | None:
 
 
 def _likelihoods(row: Row, part: slice, tokens: Sequence[np.ndarray], head: Head) -> np.ndarray:
-    """[5, N] the log-probabilities that some targets give three lists of tokens, their entropy, what predicts."""
+    """[5, N] the log-probabilities that targets give three lists of tokens, and two rows more.
+
+    These are the targets' entropy and the token that predicts.
+    """
     targets = SoftTargets.from_row(row).positions(part)
     positions = target_positions(spans_of(row), head)
     predicting = row["token_ids"][positions][part]
@@ -210,7 +231,10 @@ def _outcomes(row: Row, head: Head) -> np.ndarray:
 
 
 def _parts(row: Row, head: Head) -> list[slice]:
-    """Which of the N targets stand beside one another: those of a span, or of all words, or of all that is hidden."""
+    """Which of the N targets stand beside one another.
+
+    They are those of a span, or of all words, or of all that is hidden.
+    """
     return [slice(0, int(row["span_tokens"]))] if head.in_labels else parts_of(spans_of(row))
 
 

@@ -35,7 +35,9 @@ def stored_numbers(targets: SoftTargets) -> Numbers:
 
 
 def entries_alone(numbers: Numbers, targets: SoftTargets, following: np.ndarray) -> Numbers:
-    """Of a row's quantities those that a foreign table holds: its entries, and the tokens that are among them.
+    """Of a row's quantities those that a foreign table holds.
+
+    They are its entries, and the tokens that are among them.
 
     Args:
         numbers: Stored or measured, of all positions.
@@ -68,11 +70,13 @@ def measured_numbers(
     following: Tensor,
     draw: Mapping[str, float] | None = None,
 ) -> Numbers:
-    """The same quantities by these hidden states, in the same order; of drawn ids also `draws`.
+    """The same quantities by these hidden states, in the same order.
+
+    Of drawn ids there is also `draws`.
 
     Args:
-        states: [N, D] hidden states at the predicting positions, after the final norm, where the head
-            is.
+        states: [N, D] hidden states at the predicting positions, after the final norm, where the
+            head is.
         head: The teacher's output head.
         targets: The row's: which ids, which temperatures.
         following: [N] the tokens that follow.
@@ -121,13 +125,16 @@ def _measured(
 
 
 def _draws(logprobs: Tensor, targets: SoftTargets, draw: Mapping[str, float]) -> dict[str, Tensor]:
-    """Whether ids may have been drawn from this teacher: a number that is 0 in the mean, and its variance.
+    """Whether ids may have been drawn from this teacher.
 
-    t is the distribution that is estimated, softmax(z / T); R ids were drawn from q, its power
-    `proposal`, normalised; w_i is the stored estimate of t_i (counts / R, or weights).
+    The answer is a number that is 0 in the mean, and its variance. t is the distribution that is
+    estimated, softmax(z / T); R ids were drawn from q, its power `proposal`, normalised; w_i is the
+    stored estimate of t_i (counts / R, or weights).
 
-        draws            sum_i w_i log t_i + H(t)                         E[w_i] = t_i: its mean over draws is 0
-        draws_variance   (sum_i q_i (t_i / q_i log t_i)^2 - H(t)^2) / R   of R independent draws; systematic has less
+        draws            sum_i w_i log t_i + H(t)
+                         E[w_i] = t_i: its mean over draws is 0
+        draws_variance   (sum_i q_i (t_i / q_i log t_i)^2 - H(t)^2) / R
+                         of R independent draws; systematic has less
     """
     temperature = 1.0 if targets.temperatures is None else float(targets.temperatures[0])
     # float64: what is left of the sums is small beside their terms.

@@ -1,8 +1,10 @@
-"""Deep verification: the teacher reads a sample of rows again, and what it says is compared with what is stored.
+"""Deep verification: the teacher reads a sample of rows again.
 
-`differences.py` has the comparison and what a row may be off by, `faults.py` what is the matter with
-one that is. Nothing is written. Of imported rows only the entries are compared, and the token that
-is there where it is one: what a foreign table does not hold is bounded
+What it says is compared with what is stored.
+
+`differences.py` has the comparison and what a row may be off by, `faults.py` what is the matter
+with one that is. Nothing is written. Of imported rows only the entries are compared, and the token
+that is there where it is one: what a foreign table does not hold is bounded
 (`stages/data/importing/row.py`), not said by a teacher.
 """
 

@@ -93,7 +93,10 @@ class StoredRow:
 
     @property
     def scored(self) -> np.ndarray:
-        """[N] what `token_logprob` speaks of: scored or hidden tokens; or classes, the best where none is known."""
+        """[N] what `token_logprob` speaks of: scored or hidden tokens, or classes.
+
+        Where no class is known it is the best one.
+        """
         if self.head.masked:
             return np.asarray(self.columns["labels"])
         if not self.head.classes:
@@ -112,7 +115,7 @@ class StoredRow:
 
 
 def target_shards(store: Store, *, damaged: Collection[str] = ()) -> list[TargetShard]:
-    """The live shards of soft targets, without those that cannot be opened or whose files are known as damaged."""
+    """The live shards of soft targets that can be opened and are not known as damaged."""
     found = []
     for commit in store.commits("soft_targets"):
         sha256, name = commit.shard.sha256, commit.shard.name
@@ -139,7 +142,10 @@ def target_shards(store: Store, *, damaged: Collection[str] = ()) -> list[Target
 def choose_rows(
     store: Store, shards: Sequence[TargetShard], *, rows: int, seed: int
 ) -> list[StoredRow]:
-    """Random rows of some shards: as many of each kind as there are, up to `rows` together; in shard order."""
+    """Random rows of some shards, `rows` at most, in shard order.
+
+    Each kind has as many as the others, or all that it has.
+    """
     rng = np.random.default_rng(seed)
     totals: Counter[str] = Counter()
     for shard in shards:
@@ -156,7 +162,7 @@ def choose_rows(
 
 
 def _shares(totals: Mapping[str, int], rows: int) -> dict[str, int]:
-    """Kind -> how many rows of it are chosen: one of each in turn, until there are enough or no more."""
+    """Kind -> how many rows of it are chosen: one of each in turn, until there are enough."""
     shares = dict.fromkeys(sorted(totals), 0)
     for kind in cycle(shares):
         if sum(shares.values()) >= min(rows, sum(totals.values())):

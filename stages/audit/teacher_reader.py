@@ -33,14 +33,20 @@ class TeacherReader(ABC):
 
     @abstractmethod
     def _states(self, texts: Sequence[np.ndarray], *, padding: int = 0) -> list[Tensor]:
-        """[T, D] of each text, read together; the longest has `padding` positions after it, the others more."""
+        """[T, D] of each text, read together.
+
+        The longest has `padding` positions after it, the others more.
+        """
 
     @abstractmethod
     def _there(self, row: StoredRow, positions: np.ndarray) -> np.ndarray:
-        """[N] what is there, by the positions that speak of it; any id where nothing is: it is not compared."""
+        """[N] what is there, by the positions that speak of it.
+
+        Where nothing is there it is any id, which is not compared.
+        """
 
     def read(self, rows: Sequence[StoredRow]) -> list[SecondReading]:
-        """Read each row alone, and all of them together where the teacher lets rows share a pass."""
+        """Read each row alone, and all of them together where the teacher lets rows share one."""
         texts = [row.token_ids for row in rows]
         lengths = [len(text) for text in texts]
         if self._company.may_share([*lengths, max(lengths) + 1]):
@@ -50,7 +56,7 @@ class TeacherReader(ABC):
         return [self._compared(row, states) for row, states in zip(rows, together, strict=True)]
 
     def numbers(self, row: StoredRow, targets: SoftTargets, *, positions: np.ndarray) -> Numbers:
-        """What the teacher, reading a row alone, says of these targets' entries at as many positions."""
+        """What the teacher, reading a row alone, says of these targets' entries there."""
         (states,) = self._states([row.token_ids])
         return self._numbers(row, targets, states=states, positions=positions)
 

@@ -1,4 +1,7 @@
-"""Conversations as people keep them become messages: OpenAI's, ShareGPT's and Alpaca's; nothing of one is dropped."""
+"""Conversations as people keep them become messages: OpenAI's, ShareGPT's and Alpaca's.
+
+Nothing of a conversation is dropped.
+"""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Fields of records: whether one is there, whether it is text, and whether the text is more than blanks."""
+"""Fields of records: whether one is there, whether it is text, and more than blanks."""
 
 import math
 from decimal import Decimal
@@ -10,7 +10,10 @@ _EXACT = 2**53  # up to here a float holds every whole number
 
 
 def missing(value: Any) -> bool:
-    """Whether there is nothing in a field: null, an empty cell, or NaN, which tables have in place of null."""
+    """Whether there is nothing in a field: null, an empty cell, or NaN.
+
+    Tables have NaN in place of null.
+    """
     return value in (None, "") or (isinstance(value, float) and math.isnan(value))
 
 
@@ -58,7 +61,10 @@ def checked_string(value: Any, name: str) -> str:
 
 
 def _written(value: Any) -> Any:
-    """A finite number as text. A column of whole numbers with a gap is one of floats: 42.0 is 42."""
+    """A finite number as text.
+
+    A column of whole numbers with a gap is one of floats: 42.0 is written 42.
+    """
     if isinstance(value, bool) or not isinstance(value, int | float | Decimal):
         return value
     if not math.isfinite(value):

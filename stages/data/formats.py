@@ -27,7 +27,9 @@ def prompt_row(
     given: bool,
     classes: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """One record as a row of `prompts`; an image as the record has it, and without names (`ImageRows.named`).
+    """One record as a row of `prompts`.
+
+    An image is as the record has it, and without names (`ImageRows.named` gives them).
 
     Args:
         record: As the source has it.
@@ -127,8 +129,8 @@ def _columns(record: dict[str, Any], data: Data) -> dict[str, str]:
         if len(there) > 1:
             raise RowError(
                 "missing_column",
-                f"no column {names[ours]!r}, and both {' and '.join(map(repr, there))}. Say which in "
-                f"data.columns, for example {{{ours}: {there[0]}}}",
+                f"no column {names[ours]!r}, and both {' and '.join(map(repr, there))}. Say which "
+                f"in data.columns, for example {{{ours}: {there[0]}}}",
             )
         (names[ours],) = there
     absent = [names[n] for n in required if names[n] not in record]
@@ -145,7 +147,10 @@ def _inside(record: dict[str, Any]) -> str:
     """What to do where the records seem to stand in a list of the one that was read."""
     for name, value in record.items():
         if isinstance(value, list) and value and all(isinstance(entry, dict) for entry in value):
-            return f"; or, if the {len(value):,} objects in {name!r} are the records, write that list alone"
+            return (
+                f"; or, if the {len(value):,} objects in {name!r} are the records, write that list "
+                "alone"
+            )
     return ""
 
 

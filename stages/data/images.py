@@ -1,4 +1,4 @@
-"""Images of records: decoded, named by their pixels, and sized as the teacher's processor does it."""
+"""Images of records: decoded, named by their pixels, and sized as the teacher's processor does."""
 
 import hashlib
 import io
@@ -40,7 +40,7 @@ class ImageRows:
         self._processor_id = processor_id(teacher_dir)
 
     def named(self, row: dict[str, Any]) -> dict[str, Any]:
-        """A row whose `image` is as the record has it, with its names, and the image as it is stored.
+        """A row whose `image` is as the record has it becomes one with names and the stored image.
 
         Raises:
             RowError: it is no image that can be read.

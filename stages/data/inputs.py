@@ -1,4 +1,7 @@
-"""What the source held, gathered while it is read: the inputs record, 36 bytes a row until it is a table."""
+"""What the source held, gathered while it is read.
+
+It becomes the inputs record, and takes 36 bytes a row until it is a table.
+"""
 
 from array import array
 from collections.abc import Sequence
@@ -75,7 +78,10 @@ class Intake:
                 self._judging.update(prompt_key)
 
     def judges(self, prompt_key: bytes) -> bool:
-        """Whether a row that was named as held out has this prompt: it leaves the training set, and is counted."""
+        """Whether a row that was named as held out has this prompt.
+
+        Then the prompt leaves the training set, and is counted.
+        """
         found = prompt_key in self._judging
         self.remarks.in_both += found
         return found
@@ -129,7 +135,7 @@ class Intake:
         return self.remarks.labels["to train on"][1]
 
     def _repeats(self, test: np.ndarray) -> np.ndarray:
-        """[rows] bool: a turn that is scored is, with all before it, what a held-out row ends with."""
+        """[rows] bool: a scored turn is, with all before it, what a held-out row ends with."""
         answers = _column(self._last).filter(pa.array(test[_numbers(self._rows_of_last)]))
         found = pc.is_in(_column(self._turns), value_set=answers).to_numpy(zero_copy_only=False)
         repeats = np.zeros(len(self), bool)

@@ -1,4 +1,4 @@
-"""Prompts that `generate` goes on from, where the recipe says how long they may be: longer ones are rejected."""
+"""Prompts that `generate` goes on from: those longer than the recipe allows are rejected."""
 
 from typing import Any
 

@@ -1,4 +1,7 @@
-"""What is to be said of the records once all are read: which were rejected, left out or lack something."""
+"""What is to be said of the records once all are read.
+
+It names those that were rejected or left out, or that lack something.
+"""
 
 from collections import Counter
 from collections.abc import Collection, Sequence

@@ -1,4 +1,4 @@
-"""Stage `data`: reads the source once, into prompts rows of the store; everything after it reads the store alone.
+"""Stage `data`: reads the source once, into prompts rows of the store, which later stages read.
 
 Where nothing is generated, the text that came with the data is tokenized here too (`given_text.py`)
 and becomes generations rows, so that later stages know one kind of row only.
@@ -92,7 +92,7 @@ def _inputs_id(
 def _text(
     recipe: Recipe, author_id: str, *, context_tokens: int, day: str | None
 ) -> dict[str, Any] | None:
-    """What decides which rows are too long, and the tokens of given text; None: nothing does here."""
+    """What decides which rows are too long, and the tokens of given text, or None."""
     if given_text(recipe):
         # The context decides which given completions are too long, whatever the window.
         return {"author": author_id, "context": context_tokens}
@@ -106,8 +106,7 @@ def run(job: Job) -> StageResult:
     """Read, normalise, deduplicate, split; commit prompts (and given text), then the inputs record.
 
     Raises:
-        UsageError: the source is missing or empty, lacks a column, or the holdout leaves nothing to
-            train on.
+        UsageError: the source is missing or empty, lacks a column, or leaves nothing to train on.
         StillroomError: the source is no longer what the job's `data_id` names.
     """
     recipe, data, clock = job.recipe, job.recipe.data, job.clock
@@ -273,7 +272,7 @@ class Survey(NamedTuple):
 
 
 def survey(recipe: Recipe, teacher: Identity | None = None) -> Survey:
-    """What `run` would make of the source, without writing; `teacher`: by which labels and images are known."""
+    """What `run` would make of the source, without writing. `teacher` knows labels and images."""
     rows, knows = Intake(sources=reads_source(recipe)), _NOTHING
     if teacher is not None:  # an adapter's classes stand beside its base's folder
         knows = _Knows.of(recipe, teacher.folder, teacher.class_names, whole=False)
@@ -300,7 +299,7 @@ def _notes(recipe: Recipe, rows: Intake) -> list[str]:
 def stale_rows(
     recipe: Recipe, teacher: Identity, store: Store, *, author_id: str, day: str | None = None
 ) -> tuple[int, int]:
-    """How many records an author of an earlier rule wrote in other tokens than today's, and how many it wrote."""
+    """How many records an author of an earlier rule wrote in other tokens, and how many in all."""
     written = tokens_of(store, author_id)
     context = teacher.context_tokens
     tokenizing = Tokenizing(teacher.folder, recipe.data, context_tokens=context, day=day)
@@ -342,7 +341,8 @@ def _split(recipe: Recipe, rows: Intake) -> pa.Table:
         held_out = f"{named.field}: {named.name}" if named else f"data.holdout: {holdout}"
         raise UsageError(
             f"{held_out} leaves nothing to train on, since every other conversation has the answer "
-            "of a held-out record among its turns. Use fewer, or give each conversation once, whole."
+            "of a held-out record among its turns. Use fewer, or give each conversation once, "
+            "whole."
         )
     refuse_without_labels(recipe, rows.labels())
     return table
@@ -375,7 +375,7 @@ def _refuse_empty(source: str, held_out: Source | None, rows: Intake) -> None:
 
 
 def _refuse_absent(data: Data, remarks: Remarks) -> None:
-    """Raise UsageError for a column that is named and in no record: what it holds would be missed in silence."""
+    """Raise UsageError for a named column that no record has: its content would be missed."""
     if not (absent := remarks.absent(data.columns.values())):
         return
     ours = next(name for name, column in data.columns.items() if column == absent[0])
@@ -387,7 +387,7 @@ def _refuse_absent(data: Data, remarks: Remarks) -> None:
 
 
 def _refuse_changed(job: Job, classes: Sequence[str]) -> None:
-    """What was read must be what the plan named: else changed prompts would stand under the old name for good."""
+    """Refuse data that is not what the plan named: it would keep the old name for good."""
     now = _inputs_id(
         job.recipe,
         FileHashes(job.recipe.storage.dir, remember=False),

@@ -1,4 +1,7 @@
-"""Given text as tokens: what becomes of a row of `prompts` that brings its own text, and by whose rules."""
+"""Given text as tokens: what becomes of a row of `prompts` that brings its own text.
+
+This module also says by whose rules.
+"""
 
 import json
 from collections.abc import Sequence
@@ -43,7 +46,10 @@ class Given:
 def author_id(
     data: Data, teacher: Identity, *, day: str | None = None, masks: str | None = None
 ) -> str:
-    """Who wrote given text, as far as its tokens are concerned: tokenizer, template, how it is cut and masked."""
+    """Who wrote given text, as far as its tokens are concerned.
+
+    That depends on tokenizer and template, and on how the text is cut and masked.
+    """
     rules = _length_rules(data)
     if masks is not None:
         rules["masks"] = masks
@@ -98,8 +104,8 @@ def _first_tokens(of: np.ndarray, words: Sequence[str]) -> np.ndarray:
         word = int(lacking[0])
         raise RowError(
             "empty",
-            f"word {word + 1} of {len(words)} ({words[word]!r}) has no token in the teacher's tokenizer. "
-            "Leave such words out, with their labels",
+            f"word {word + 1} of {len(words)} ({words[word]!r}) has no token in the teacher's "
+            "tokenizer. Leave such words out, with their labels",
         )
     if (np.diff(there) < 1).any():
         raise RowError("unreadable", "the tokenizer does not keep the order of the words")
@@ -138,7 +144,10 @@ class Tokenizing:
         day: str | None = None,
         masks: Masks | None = None,
     ) -> None:
-        """`folder`: holds the teacher's tokenizer and template; `masks`: how tokens are hidden, None: none are."""
+        """`folder` holds the teacher's tokenizer and template.
+
+        `masks` says how tokens are hidden. None: none are.
+        """
         self.renderer = Renderer(folder, data.chat_template_kwargs, day=day)
         self._last = data.turns == "last"
         self._masks = masks
@@ -205,7 +214,7 @@ class Tokenizing:
         return Given(token_ids=ids, prompt_tokens=len(ids), tokens_key=key, spans=spans_at(first))
 
     def _fitting(self, of: np.ndarray) -> int:
-        """How many of the first words fit, each with all of its tokens, with the special tokens at the end."""
+        """How many of the first words fit, with all of their tokens and the special ones after."""
         last = np.flatnonzero(of >= 0)[-1]
         beyond = of[self.lengths.most - (len(of) - 1 - last) :]
         return int(np.min(beyond, where=beyond >= 0, initial=of.max() + 1))
@@ -227,7 +236,10 @@ class Tokenizing:
         return [ids for ids in windows if len(masks.plain(ids))] or windows
 
     def _masked(self, ids: np.ndarray, masks: Masks) -> Given:
-        """The text as it is, and which of its tokens are hidden; the key is that of what the teacher reads."""
+        """The text as it is, and which of its tokens are hidden.
+
+        The key is that of what the teacher reads.
+        """
         hidden = masks.hide(ids)
         key = tagged_key(hidden.token_ids, positions(hidden.spans), hidden.labels.tolist())
         return Given(token_ids=ids, prompt_tokens=0, tokens_key=key, spans=hidden.spans)

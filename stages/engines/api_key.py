@@ -19,8 +19,8 @@ def api_key(generate: Generate) -> str | None:
     key = os.environ.get(name, "").strip()
     if not key:
         raise UsageError(
-            f"generate.api_key_env: the environment variable {name} is not set, or is empty. Put the "
-            "endpoint's key into it."
+            f"generate.api_key_env: the environment variable {name} is not set, or is empty. Put "
+            "the endpoint's key into it."
         )
     hide({key: f"${{{name}}}"}, {})
     return key

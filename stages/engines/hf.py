@@ -53,7 +53,10 @@ class _RowNoise(LogitsProcessor):
 
 
 class _Kept(LogitsProcessor):
-    """What the model says at each step, before anything is done to it: the targets of all rows, step by step."""
+    """What the model says at each step, before anything is done to it.
+
+    These are the targets of all rows, step by step.
+    """
 
     def __init__(self, kept: Kept) -> None:
         self._kept, self._logits = kept, torch.empty(0)
@@ -78,11 +81,13 @@ class _Kept(LogitsProcessor):
 
 
 class _Ends(StoppingCriteria):
-    """Where each row of a batch ends: with an end id, or once a stop string stands in its completion.
+    """Where each row of a batch ends.
 
-    `lengths` holds the completion tokens of the rows that ended. What transformers writes behind an end is not read, so
-    no id has to mean padding; and text is looked for in completions only, never across the end of a
-    prompt.
+    It ends with an end id, or once a stop string stands in its completion.
+
+    `lengths` holds the completion tokens of the rows that ended. What transformers writes behind an
+    end is not read, so no id has to mean padding; and text is looked for in completions only, never
+    across the end of a prompt.
     """
 
     def __init__(
@@ -128,7 +133,7 @@ class HfEngine:
     def generate(
         self, requests: Iterable[Request], heartbeat: Callable[[], None]
     ) -> Iterator[Completion]:
-        """One batch at a time; its completions come out together.
+        """Write one batch at a time, whose completions come out together.
 
         A row that the context will cut short is written alone: beside others it would be cut where
         the longest is. So are all rows of a batch that may not share a pass.

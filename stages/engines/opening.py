@@ -15,10 +15,13 @@ from .base import Engine, Reader
 
 
 def choose_engine(name: str | None, author: Identity, *, field: str = "generate.engine") -> str:
-    """The engine that the recipe names; where it names none, the first one that is installed and runs the author.
+    """The engine that the recipe names, or the first one that can run the author.
+
+    Where it names none, that is the first one that is installed and runs the author.
 
     Raises:
-        UsageError: the engine was asked for by name, and is not installed or does not run the author.
+        UsageError: the engine was asked for by name, and is not installed or does not run the
+            author.
     """
     if name is None:
         built = (engine.name for engine in ENGINES if not engine.remote and _installed(engine))
@@ -41,8 +44,8 @@ def refuse_engine(name: str | None, author: Identity, *, field: str = "generate.
     """
     if name is not None and not runs(name, author):
         raise UsageError(
-            f"{field}: {name!r} does not run {author.folder}, which is quantised: {author.quantized}. "
-            f"Use {field}=hf, or another model."
+            f"{field}: {name!r} does not run {author.folder}, which is quantised: "
+            f"{author.quantized}. Use {field}=hf, or another model."
         )
 
 

@@ -1,4 +1,6 @@
-"""How many calls an endpoint is given at once: fewer when it says that they are too many, then one more at a time.
+"""How many calls an endpoint is given at once.
+
+There are fewer when it says that they are too many, and then one more at a time.
 
 Additive increase, multiplicative decrease (Chiu and Jain 1989), as TCP does it: a refusal halves
 the limit, and so many answers as the limit is raise it by one. Refusals of calls that had begun

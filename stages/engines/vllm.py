@@ -1,4 +1,6 @@
-"""The vLLM engine, which writes and reads: offline, continuous batching; the one file that imports vllm.
+"""The vLLM engine, which writes and reads offline, with continuous batching.
+
+This is the one file that imports vllm.
 
 Each row has its own seed, so its text does not depend on which rows ran beside it, as far as the
 arithmetic allows: vLLM sums in an order that depends on the batch, and logits that differ in the
@@ -66,14 +68,20 @@ _ELSE = "Change them, or use the engine hf."
 
 
 def _prepare_cpu() -> None:
-    """Defaults for CPUs: vLLM's own start two more processes and compile a function, half a minute per start."""
+    """Set defaults for CPUs.
+
+    vLLM's own defaults start two more processes and compile a function: half a minute per start.
+    """
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB, whole numbers only
 
 
 def _adapter_of(author: Identity) -> Any:
-    """What each request of an author says of its adapter: on a CPU rows with and without one would be mixed up."""
+    """What each request of an author says of its adapter.
+
+    On a CPU rows with and without an adapter would be mixed up.
+    """
     if author.adapter is None:
         return None
     from vllm.lora.request import LoRARequest
@@ -204,8 +212,8 @@ class VllmEngine:
 class VllmReader:
     """One model in vLLM that says what follows in texts: the log-probabilities of a prompt.
 
-    vLLM gives those of a whole prompt at once, K + 1 a position: the token that is there, then the K
-    best. Where they are too many, each position is asked for alone, as the first token of a
+    vLLM gives those of a whole prompt at once, K + 1 a position: the token that is there, then the
+    K best. Where they are too many, each position is asked for alone, as the first token of a
     completion; what comes before it is then in vLLM's cache. Prompts whose log-probabilities are
     asked for do not read that cache, which vLLM sees to: told to, it would give memory that nothing
     was written to (`skip_reading_prefix_cache`).
@@ -333,7 +341,10 @@ def _grouped(texts: Sequence[Text], wide: int, *, alone: bool) -> Iterator[list[
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Arrays:
-    """vLLM's lists as arrays: at each of n positions the token that is there, then the best entries."""
+    """vLLM's lists as arrays.
+
+    At each of n positions they have the token that is there, then the best entries.
+    """
 
     first: np.ndarray
     """[n] int32"""
@@ -361,5 +372,5 @@ def _arrays(flat: Any, start: int, stop: int) -> _Arrays:
 
 
 def _number(output: Any) -> int:
-    """Of the request; vLLM may add to its name."""
+    """The number of the request, to whose name vLLM may add."""
     return int(output.request_id.split("-")[0])

@@ -1,4 +1,7 @@
-"""Measuring text that is continued: every scored token of a row, a chunk of logits at a time; and gradients."""
+"""Measuring text that is continued: every scored token of a row, and gradients.
+
+Logits are made a chunk at a time.
+"""
 
 from collections.abc import Iterator
 from functools import partial
@@ -79,7 +82,9 @@ class Measuring:
         return states[torch.from_numpy(predicting_positions(row["spans"]))]
 
     def gradient(self, model: nn.Module, arm: str) -> Gradient:
-        """How far the recipe's targets turn the gradient of the soft loss, as training begins or as it ends.
+        """How far the recipe's targets turn the gradient of the soft loss.
+
+        It is measured as training begins, or as it ends.
 
         None where there is no such loss, or no choice of targets (black-box, soft_weight 0), or
         where `evaluate.gradient_tokens` is 0.

@@ -1,4 +1,7 @@
-"""Measuring texts that are classified: the distribution over classes, and whether the best one is the gold one."""
+"""Measuring texts that are classified.
+
+It measures the distribution over classes, and whether the best one is the gold one.
+"""
 
 from functools import partial
 from typing import Any
@@ -26,7 +29,7 @@ class Measuring:
         self._job, self._held_out = job, held_out
 
     def tally(self) -> Tally:
-        """With the confusion of classes."""
+        """A tally that has the confusion of classes too."""
         return Tally(classes=True)
 
     def outcomes(self, row: Row) -> np.ndarray | None:
@@ -34,7 +37,7 @@ class Measuring:
         return None if row["label"] is None else np.array([row["label"]], np.int64)
 
     def named(self, measures: dict[str, Tensor]) -> dict[str, Tensor]:
-        """With accuracy: how often the best class is the gold one."""
+        """The measures with accuracy added: how often the best class is the gold one."""
         return measures | {"accuracy": measures["correct"]}
 
     def of_student(self, model: Any) -> MeasureRow:

@@ -1,12 +1,14 @@
-"""How far the gradient of a student's soft loss turns when the teacher is stored sparsely instead of whole.
+"""How far the gradient of a student's soft loss turns when the teacher is stored sparsely.
+
+It is compared with the gradient of the teacher stored whole.
 
 On held-out rows, whose reference targets are the teacher's whole distribution t (beyond a
 vocabulary of 65,536: its 4,096 best ids, conditioned on them), two gradients of one divergence are
 compared, summed over the scored tokens, with respect to all weights of the student:
 
     g_full      the divergence from t
-    g_sparse    the divergence from what the recipe keeps of t (cut, or drawn with a seed of the row), tail policy and
-                temperature as in training
+    g_sparse    the divergence from what the recipe keeps of t (cut, or drawn with a seed of the
+                row), tail policy and temperature as in training
 
     angle       of g_sparse and g_full, degrees        norm ratio      |g_sparse| / |g_full|
 
@@ -37,7 +39,9 @@ Gradient = Tensor | Sequence[Tensor]
 
 
 def angle_and_ratio(found: Gradient, full: Gradient) -> tuple[float, float]:
-    """The angle between two gradients in degrees, and the norm of the first as a share of the second's.
+    """The angle between two gradients in degrees, and the ratio of their norms.
+
+    The ratio is the norm of the first as a share of the second's.
 
     With a and b the unit vectors of the two, angle = 2 atan2(|a - b|, |a + b|) (Kahan 2006, "How
     Futile are Mindless Assessments of Roundoff in Floating-Point Computation?", section 12). Unlike
@@ -121,7 +125,9 @@ def _add(sums: Iterable[Tensor], parts: Iterable[Tensor | None]) -> None:
 
 
 def kept_of(reference: SoftTargets, kept: Kept, *, seed: int) -> SoftTargets:
-    """What a recipe keeps of a whole distribution, as scoring would have made it from the teacher's logits.
+    """What a recipe keeps of a whole distribution.
+
+    Scoring would have made the same from the teacher's logits.
 
     Args:
         reference: Log-probabilities of every id that counts, without a tail.
@@ -141,7 +147,10 @@ def kept_of(reference: SoftTargets, kept: Kept, *, seed: int) -> SoftTargets:
 
 
 def _whole(row: Mapping[str, Any]) -> SoftTargets:
-    """All that is stored of the teacher; of entries and a tail, the teacher conditioned on the entries."""
+    """All that is stored of the teacher.
+
+    Of entries and a tail, it is the teacher conditioned on the entries.
+    """
     targets = SoftTargets.from_row(row).normalised()
     if targets.ids is None:
         return targets

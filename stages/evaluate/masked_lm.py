@@ -1,4 +1,7 @@
-"""Measuring masked texts: the tokens that are hidden, and how often the best guess is the one that was there."""
+"""Measuring masked texts.
+
+It measures the hidden tokens, and how often the best guess is the one that was there.
+"""
 
 import numpy as np
 import torch
@@ -15,7 +18,10 @@ from .measure import MeasureRow, Row
 
 
 class Measuring(causal_lm.Measuring):
-    """The measures of hidden tokens; see `measure.Measuring`. The masks are those of the stored rows."""
+    """The measures of hidden tokens, see `measure.Measuring`.
+
+    The masks are those of the stored rows.
+    """
 
     _inputs: Inputs
 
@@ -29,7 +35,7 @@ class Measuring(causal_lm.Measuring):
         return np.asarray(row["labels"], np.int64)
 
     def named(self, measures: dict[str, Tensor]) -> dict[str, Tensor]:
-        """With accuracy: how often the best guess is the token that was there."""
+        """The measures and accuracy: how often the best guess is the token that was there."""
         return measures | {"accuracy": measures["correct"]}
 
     def of_student(self, model: nn.Module) -> MeasureRow:

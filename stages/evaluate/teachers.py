@@ -1,8 +1,11 @@
-"""What several teachers say of a held-out text: measured against each by itself, and against all as they are weighed.
+"""What several teachers say of a held-out text.
 
-A measure against the teachers is the mean of those against each, by the weights that the loss has at the
-end of the training: of teachers that have this text, at each token. Each teacher's own numbers are over
-the texts that it was asked for, so the cross-entropy beside them is that of its route.
+The student is measured against each by itself, and against all as they are weighed.
+
+A measure against the teachers is the mean of those against each, by the weights that the loss has
+at the end of the training: of teachers that have this text, at each token. Each teacher's own
+numbers are over the texts that it was asked for, so the cross-entropy beside them is that of its
+route.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -38,7 +41,7 @@ class Said:
     """[J, N] their weights, whose sum over the teachers is 1."""
 
     def positions(self, part: slice) -> Self:
-        """Of some of the positions."""
+        """What they say of some of the positions."""
         some = {name: one.positions(part) for name, one in self.targets.items()}
         return replace(self, targets=some, shares=self.shares[:, part])
 
@@ -69,7 +72,7 @@ class Said:
         return first | means
 
     def _mean(self, values: Sequence[Tensor], known: "np.ndarray | slice") -> Tensor:
-        """Of a measure at all positions, or at those where it is known what is there."""
+        """The mean of a measure at all positions, or at those where it is known what is there."""
         shares = self.shares if len(values[0]) == self.shares.shape[1] else self.shares[:, known]
         of_each = torch.as_tensor(shares, device=values[0].device)
         return (of_each * torch.stack([one.double() for one in values])).sum(0)
@@ -93,7 +96,7 @@ class HeldOutTeachers:
         return cls(list(job.teachers), source, teaching)
 
     def said(self, row: Mapping[str, Any], own: SoftTargets) -> Said:
-        """Of a held-out row with its own, normalised targets."""
+        """What the teachers say of a held-out row, whose own targets are normalised."""
         found = self._source.of_text(row["number"], row["token_ids"], row["spans"], own)
         shares = self._teaching.shares(found)
         total = shares.sum(axis=0)

@@ -1,4 +1,7 @@
-"""Measuring words that are classified: the distribution over classes at each, and the entities that these mark."""
+"""Measuring words that are classified.
+
+It measures the distribution over classes at each word, and the entities that these mark.
+"""
 
 import numpy as np
 import torch
@@ -24,16 +27,19 @@ class Measuring(classification.Measuring):
         self._names = names_in(store.teacher_dir(job.teacher_id))
 
     def tally(self) -> Tally:
-        """With the confusion of classes, and with entities where the classes mark some."""
+        """A tally that has the confusion of classes, and entities where the classes mark some."""
         return Tally(classes=True, entities=Entities.of(self._names))
 
     def outcomes(self, row: Row) -> np.ndarray | None:
-        """[N] the gold classes, -1 where a word has none; None where no word of the text has one."""
+        """[N] the gold classes, -1 where a word has none.
+
+        It is None where no word of the text has one.
+        """
         labels = row["labels"]
         if labels is None or (labels == NO_LABEL).all():
             return None
         return np.asarray(labels, np.int64)
 
     def _said(self, logits: Tensor, row: Row) -> Tensor:
-        """At the first token of each word."""
+        """The logits at the first token of each word."""
         return logits[0][torch.from_numpy(positions(row["spans"])).to(logits.device)]

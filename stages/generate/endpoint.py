@@ -1,4 +1,7 @@
-"""What `generate` does for an endpoint beside its rows: answers on disk, one process in a budget, who answered."""
+"""What `generate` does for an endpoint beside its rows.
+
+Answers are kept on disk, one process spends a budget, and it is noted who answered.
+"""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -56,6 +59,6 @@ def hear(job: Job, store: Store, served: str) -> None:
     new = note_served(store.files, job.author_id, served, day=date.today().isoformat())
     if new and before:
         job.progress.say(
-            f"the endpoint answers as {served} now, and answered as {', '.join(before)} before: the "
-            "store holds rows of both under one author"
+            f"the endpoint answers as {served} now, and answered as {', '.join(before)} before: "
+            "the store holds rows of both under one author"
         )

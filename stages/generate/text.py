@@ -1,4 +1,7 @@
-"""Prompt and completion as tokens: of an author that writes ids, and of one that answers in words."""
+"""Prompt and completion as tokens.
+
+The author writes ids, or it answers in words.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -45,7 +48,9 @@ def written(prompt: Text, completion: Completion) -> Text:
 
 
 def answered(job: Job, renderer: Renderer, prompt: Text, completion: Completion) -> Text:
-    """An answer in words, tokenized with its prompt as a whole, as text is that comes with the data.
+    """An answer in words, tokenized together with its prompt.
+
+    This is how text is tokenized that comes with the data.
 
     Raises:
         RowError: the tokens say something else, or are too many.

@@ -1,13 +1,16 @@
-"""Which stored soft targets serve which request, as SQL over the columns of `soft_targets`; and what the others lack.
+"""Which stored soft targets can be reused for which request, and what the others lack.
 
-| wanted | is served by |
+It is SQL over the columns of `soft_targets`.
+
+| wanted | can reuse |
 | topk   | topk of as many entries or more; full |
-| topp   | topp of as much mass, as many entries at most and at least; topk of as many entries; full |
+| topp   | topp of as much mass, as many entries at most and at least;
+|        | topk of as many entries; full |
 | sampled| the same draws: as many, drawn alike from the same power of the same temperature |
 | full   | full |
 
-Each with the mantissa bits and the temperatures that are asked for, or more; `full` has every
-temperature. Any engine's row serves, unless the recipe names one.
+Each must have the mantissa bits and the temperatures that are asked for, or more; `full` has every
+temperature. Any engine's row can be reused, unless the recipe names one.
 """
 
 from collections.abc import Iterable
@@ -25,7 +28,9 @@ OF_ENGINE = f"coalesce(engine, '{HF}')"
 
 
 def best(kept: Kept, mantissa_bits: int, engine: str | None = None) -> str:
-    """SQL: the row that covers a request best, its place in the low 64 bits: of the kind, few entries, few bits, exact.
+    """SQL: the row that covers a request best, with its place in the low 64 bits.
+
+    The best is one of the kind, then of few entries, then of few bits, then an exact one.
 
     `engine`: whose rows are wanted; None: anybody's.
     """

@@ -1,8 +1,11 @@
-"""The books of features: which stored row has what a recipe asks of a text, what they take, and what they are called.
+"""The books of features.
 
-A feature is of the token ids alone (`text_key`): another label or span finds what is there. A stored
-layer is found by any request for it; numbers of more bits serve where fewer are asked for, not the
-other way round. Only rows to train on have any: nobody is judged on them.
+They say which stored row has what a recipe asks of a text, what features take, and what they are
+called.
+
+A feature is of the token ids alone (`text_key`): another label or span finds what is there. A
+stored layer is found by any request for it; numbers of more bits serve where fewer are asked for,
+not the other way round. Only rows to train on have any: nobody is judged on them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,7 +25,8 @@ from .books import Books
 SCALE_BYTES = 4
 """Of the scale of a vector at 8 bits."""
 NAME_BYTES = 60
-"""Of the names of a row and its error, beside the vector of a text; of rows of many vectors they are nothing."""
+"""Bytes of the names of a row and its error, beside the vector of a text. In rows of many vectors
+they are nothing."""
 
 
 Widths = Mapping[str, int]
@@ -30,7 +34,10 @@ Widths = Mapping[str, int]
 
 
 def feature_bytes(feature: Feature, widths: Widths) -> int:
-    """What a feature takes on disk of a token, or of a text that has one vector: its numbers are not compressed."""
+    """What a feature takes on disk of a token, or of a text that has one vector.
+
+    Its numbers are not compressed.
+    """
     scale = SCALE_BYTES if feature.bits == 8 else 0
     numbers = projected_to(feature.kind) or widths.get(feature.kind, 0)
     vector = numbers * feature.bits // 8 + scale
@@ -38,7 +45,9 @@ def feature_bytes(feature: Feature, widths: Widths) -> int:
 
 
 def check_narrower(feature: Feature, width: int) -> None:
-    """See that a projected feature has fewer numbers than the teacher's vectors, where those are known.
+    """See that a projected feature has fewer numbers than the teacher's vectors.
+
+    Nothing is checked where those are not known.
 
     Raises:
         UsageError: it has not.
@@ -47,8 +56,8 @@ def check_narrower(feature: Feature, width: int) -> None:
     if to is not None and 0 < width <= to:
         raise UsageError(
             f"score.features: project {to}: the teacher's {what_and_how(feature.kind)[0]} of block "
-            f"{feature.layer} have {width} numbers, and become no fewer. Set project below {width}, or "
-            "leave it out."
+            f"{feature.layer} have {width} numbers, and become no fewer. Set project below "
+            f"{width}, or leave it out."
         )
 
 
@@ -66,7 +75,10 @@ def feature_row_key(teacher_id: str, text: bytes, feature: Feature) -> bytes:
 
 
 def capture_id(teacher_id: str, features: Sequence[Feature]) -> str:
-    """Name of a teacher that is asked for these features too, in its rejects: others may still be had of it."""
+    """The name, in its rejects, of a teacher that is asked for these features too.
+
+    Other features may still be had of it.
+    """
     named = [[one.kind, one.layer, one.bits] for one in sorted(features)]
     return content_id("capture", teacher=teacher_id, features=named)
 
@@ -77,13 +89,19 @@ def embeddings_name(teacher_id: str, dtype: str) -> str:
 
 
 def find_embeddings(store: Store, teacher_id: str, bits: int) -> KeptMatrix | None:
-    """The teacher's embeddings with so many bits a number or more, here or in a source; None: they are not kept."""
+    """The teacher's embeddings with so many bits a number or more, here or in a source.
+
+    It is None where they are not kept.
+    """
     names = (embeddings_name(teacher_id, name) for b, name in DTYPES.items() if b >= max(bits, 16))
     return next(filter(None, map(store.matrix_named, names)), None)
 
 
 def name_texts(books: Books) -> None:
-    """Make the view `named`: `key` and `text_key` of the rows to train on, after `choose_generations`."""
+    """Make the view `named`, after `choose_generations`.
+
+    It has `key` and `text_key` of the rows to train on.
+    """
     texts = _texts(books) if books.published is None else books.published.texts()
     books.index.register("named_texts", texts)
     books.index.execute(
@@ -104,7 +122,10 @@ def _texts(books: Books) -> pa.Table:
 
 
 class FeatureSql:
-    """Parts of the query of `scored` for the features that a recipe asks for; empty where it asks for none."""
+    """Parts of the query of `scored` for the features that a recipe asks for.
+
+    They are empty where it asks for none.
+    """
 
     def __init__(self, features: Sequence[Feature], *, teacher_id: str, places: int) -> None:
         """`places`: by which a rank is multiplied, so that a row's place stands below it."""
@@ -118,7 +139,10 @@ class FeatureSql:
 
     @property
     def tables(self) -> str:
-        """`feature_rows`: of each text the best row of each feature, and whether one has too few bits."""
+        """SQL of `feature_rows`.
+
+        It has of each text the best row of each feature, and whether one has too few bits.
+        """
         if not self._features:
             return ""
         best = ", ".join(
@@ -130,8 +154,8 @@ class FeatureSql:
             f"({_is(one)} AND dtype NOT IN {_names(one.dtypes)})" for one in self._features
         )
         return (
-            f", feature_rows AS NOT MATERIALIZED (SELECT text_key, {best}, bool_or({fewer}) AS fewer "
-            f"FROM features WHERE teacher_id = '{self._teacher_id}' GROUP BY text_key)"
+            f", feature_rows AS NOT MATERIALIZED (SELECT text_key, {best}, bool_or({fewer}) AS "
+            f"fewer FROM features WHERE teacher_id = '{self._teacher_id}' GROUP BY text_key)"
         )
 
     @property

@@ -1,6 +1,9 @@
-"""Which texts a teacher is asked for: those whose prompts its `where` takes, up to its budget of tokens.
+"""Which texts a teacher is asked for.
 
-Equal tokens are one text, whatever their prompts: a teacher that is asked for one of them has them all.
+They are those whose prompts its `where` takes, up to its budget of tokens.
+
+Equal tokens are one text, whatever their prompts: a teacher that is asked for one of them has them
+all.
 """
 
 import re
@@ -30,10 +33,12 @@ def _asks_source(one: OneTeacher) -> bool:
 
 
 def take_route(books: Books, one: OneTeacher) -> str:
-    """SQL that goes on with AND: what a teacher is asked for, by `tokens_key`; after `choose_generations`.
+    """SQL that goes on with AND: what a teacher is asked for, by `tokens_key`.
 
-    The budget is over texts to train on: of those that judge, the teacher scores all that its `where`
-    takes.
+    It is to be called after `choose_generations`.
+
+    The budget is over texts to train on: of those that judge, the teacher scores all that its
+    `where` takes.
     """
     if one.where is None and one.budget_tokens is None:
         return EVERYTHING
@@ -42,7 +47,8 @@ def take_route(books: Books, one: OneTeacher) -> str:
         field = f"teachers: where of {one.name!r}"
         taken = keys_where(books, "prompts", _rows(books, one, field), one.where, field=field)
         books.index.register("taken", taken)
-        # Of the recipe's own rows: other data in the store may have a prompt with another label, say.
+        # Only the recipe's own rows are asked: other data in the store may have a prompt with
+        # another label, say.
         rows = "SELECT prompt_key FROM inputs WHERE key IN (SELECT key::UUID FROM taken)"
         where = f"prompt_key IN ({rows})"
     books.index.execute(f"""
@@ -57,19 +63,24 @@ def take_route(books: Books, one: OneTeacher) -> str:
 
 
 def _rows(books: Books, one: OneTeacher, field: str) -> str:
-    """SQL of the rows that a `where` is asked of: where it asks for `source`, as this recipe read them.
+    """SQL of the rows that a `where` is asked of.
+
+    Where it asks for `source`, they are as this recipe read them.
 
     Raises:
         UsageError: the record of this recipe's prompts does not say where they stood.
     """
     if not _asks_source(one):
         return "prompts"
-    mine = f"SELECT key, any_value(source) AS source FROM inputs WHERE data_id = '{books.data_id}' GROUP BY key"
+    mine = (
+        "SELECT key, any_value(source) AS source FROM inputs "
+        f"WHERE data_id = '{books.data_id}' GROUP BY key"
+    )
     if query(books.store, f"SELECT 1 FROM ({mine}) WHERE source IS NULL LIMIT 1").num_rows:
         raise UsageError(
-            f"{field}: asks for `source`, and the store's record of these prompts does not say where "
-            "each was read: no such `where` was there when it was made. Put teacher and data there "
-            "again, or ask for another column."
+            f"{field}: asks for `source`, and the store's record of these prompts does not say "
+            "where each was read: no such `where` was there when it was made. Put teacher and data "
+            "there again, or ask for another column."
         )
     return f"(SELECT p.* REPLACE (i.source AS source) FROM prompts p JOIN ({mine}) i USING (key))"
 

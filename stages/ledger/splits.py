@@ -20,7 +20,9 @@ from .teachers import sample_rows
 
 
 def choose_snapshots(books: Books, binding: Binding) -> dict[Split, Snapshot]:
-    """Split what is done into train, validation and test; no prompt that a pinned snapshot trains on is judged on.
+    """Split what is done into train, validation and test.
+
+    No prompt that a pinned snapshot trains on is judged on.
 
     Validation takes the training prompts with the smallest hashes, a random sample; only where the
     recipe asks for it.
@@ -33,7 +35,9 @@ def choose_snapshots(books: Books, binding: Binding) -> dict[Split, Snapshot]:
 def choose_samples(
     books: Books, binding: Binding, teachers: int
 ) -> tuple[dict[Split, Snapshot], dict[Split, Snapshot]]:
-    """The same of several teachers, after `keep_scored` of each: a row a text, and the others' rows of these texts.
+    """Split the same of several teachers, after `keep_scored` of each.
+
+    There is one row a text, and beside it are the others' rows of these texts.
 
     The first has the row of each text's first teacher, so that one text is one sample.
     """
@@ -76,9 +80,9 @@ def _named(
 
 
 def choose_features(books: Books, binding: Binding) -> Snapshot | None:
-    """Of the rows to train on, the features that the loss needs; None where it needs none.
+    """The features that the loss needs of the rows to train on, or None where it needs none.
 
-    A snapshot of their own: what trains from them finds them, and nobody sweeps them away.
+    They get a snapshot of their own: what trains from them finds them, and nobody sweeps them away.
     """
     losses = books.recipe.loss.features
     if books.recipe.score is None or books.recipe.train is None:
@@ -118,7 +122,8 @@ def _snapshot(
     places = asked["place"].to_numpy()
     found = make_snapshot(books.store, table, books.index.places(table, places), about)
     if found.rows < len(places) or is_kept(books.store, found):
-        return found  # it was made before there was an order, and what it taught is kept under its name
+        # It was made before there was an order, and what it taught is kept under its name.
+        return found
     samples = _numbers(books, table, found, places)
     return in_asked_order(found, samples, asked["bytes"].to_numpy())
 

@@ -1,7 +1,9 @@
-"""Samples of several teachers: what each of them has of a text, which texts are whole; and which engines ran one.
+"""Samples of several teachers.
 
-A text is whole where each teacher that is asked for it has scored it. Others are not learnt from and
-nobody is judged on them: they are counted.
+It says what each teacher has of a text, which texts are whole, and which engines ran a teacher.
+
+A text is whole where each teacher that is asked for it has scored it. Others are not learnt from
+and nobody is judged on them: they are counted.
 """
 
 from collections.abc import Sequence
@@ -28,8 +30,8 @@ def _each(teachers: int) -> str:
 def sample_rows(books: Books, teachers: int) -> pa.Table:
     """Whole texts to train and be judged on, after `keep_scored` of each teacher.
 
-    Returns held_out, prompt_key, place (of soft_targets: of the first teacher that is asked), others
-    (places of the others), tokens, scored, number, bytes (`text_rows`).
+    Returns held_out, prompt_key, place (of soft_targets: of the first teacher that is asked),
+    others (places of the others), tokens, scored, number, bytes (`text_rows`).
     """
     books.index.use_all_memory()
     return books.index.table(f"""
@@ -44,7 +46,10 @@ def sample_rows(books: Books, teachers: int) -> pa.Table:
 
 
 def left_out(books: Books, names: Sequence[str]) -> list[str]:
-    """What is to be said of texts that are not learnt from: one that nobody is asked for, one that is not whole."""
+    """What is to be said of texts that are not learnt from.
+
+    Nobody is asked for them, or they are not whole.
+    """
     each = _each(len(names))
     unasked = books.index.rows(f"""
         SELECT held_out, count(DISTINCT tokens_key) FROM (
@@ -58,8 +63,8 @@ def left_out(books: Books, names: Sequence[str]) -> list[str]:
             SELECT tokens_key FROM {each} GROUP BY tokens_key HAVING bool_or(target IS NOT NULL))
         GROUP BY ALL ORDER BY ALL""")
     said = [
-        f"{count} {'held-out texts' if held_out else 'texts to train on'} are of no teacher: none is "
-        "asked for them"
+        f"{count} {'held-out texts' if held_out else 'texts to train on'} are of no teacher: none "
+        "is asked for them"
         for held_out, count in unasked
     ]
     if lacking:

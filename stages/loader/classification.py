@@ -1,4 +1,7 @@
-"""Forward passes over texts that are classified: which texts together, and their loss over classes."""
+"""Forward passes over texts that are classified.
+
+It says which texts go together, and what their loss over classes is.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -36,8 +39,8 @@ class ClassBatch:
     more: MoreTargets | None = None
     """What further teachers say of some of these targets; None: nobody says more."""
     said_at: Tensor | None = None
-    """[N] int64 indices into the flattened [B * T] of the positions that say the targets; None: each text
-    says one."""
+    """[N] int64 indices into the flattened [B * T] of the positions that say the targets. None:
+    each text says one."""
     features: FeatureTargets | None = None
     """The teacher's features of the texts; None: nothing is matched."""
 
@@ -49,7 +52,7 @@ class ClassBatch:
 
     @property
     def nbytes(self) -> int:
-        """Of all tensors."""
+        """The bytes of all tensors."""
         beside = (
             part.nbytes for part in (self.more, self.said_at, self.features) if part is not None
         )
@@ -143,7 +146,10 @@ class ClassPasses(Passes):
     def losses(
         self, model: nn.Module, batch: ClassBatch, *, aim: Aim, dtype: torch.dtype
     ) -> Distilled:
-        """Summed loss of the targets, weighted as `aim` says; one without a gold label has no cross-entropy."""
+        """Summed loss of the targets, weighted as `aim` says.
+
+        A target without a gold label has no cross-entropy.
+        """
         labels = batch.targets.labels
         half = dtype == torch.bfloat16
         with torch.autocast(labels.device.type, dtype=torch.bfloat16, enabled=half):
@@ -220,7 +226,10 @@ def passes_of(
     company: Company,
     lengths: Sequence[int],
 ) -> ClassPasses:
-    """Passes of some kind over texts of these lengths, `company` having the say of which share one."""
+    """Passes of some kind over texts of these lengths.
+
+    `company` has the say of which texts share a pass.
+    """
     embeddings: Any = model
     alone = not company.may_share(lengths)
     if alone:

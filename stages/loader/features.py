@@ -1,8 +1,10 @@
-"""The teacher's features of a training's samples: found by the sample's number, read when a pass needs them.
+"""The teacher's features of a training's samples.
 
-The file `features/<id>/` in the student's folder says where each is (`storage/snapshots/companions.py`).
-Its name is the hash of the two snapshots and of what is wanted, so a training that goes on reads the
-same rows as before.
+They are found by the sample's number, and read when a pass needs them.
+
+The file `features/<id>/` in the student's folder says where each is
+(`storage/snapshots/companions.py`). Its name is the hash of the two snapshots and of what is
+wanted, so a training that goes on reads the same rows as before.
 """
 
 import threading
@@ -34,7 +36,9 @@ class FeatureSource:
         self._layouts = self.layouts()
 
     def states(self, number: int, token_ids: np.ndarray) -> dict[Name, np.ndarray]:
-        """[T, D] float32 of each feature of a sample, of pooled states [1, D]; by its number in the snapshot.
+        """[T, D] float32 of each feature of a sample, by its number in the snapshot.
+
+        Of pooled states it is [1, D].
 
         Raises:
             IntegrityError: what was found is of another text, or has not a state for each token.
@@ -45,8 +49,8 @@ class FeatureSource:
         for name, row in zip(self._names, rows, strict=True):
             if row["text_key"] != text or (row["kind"], row["layer"]) != name:
                 raise IntegrityError(
-                    f"features: {name[0]} of layer {name[1]} of sample {number} are of another text "
-                    "or layer. Delete the folder `features` of the student, and run again."
+                    f"features: {name[0]} of layer {name[1]} of sample {number} are of another "
+                    "text or layer. Delete the folder `features` of the student, and run again."
                 )
             if row["vectors"] != (1 if of_text(name[0]) else len(token_ids)):
                 raise IntegrityError(

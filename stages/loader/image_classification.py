@@ -1,4 +1,7 @@
-"""Forward passes over images that are classified: those of classification, an image in place of each text."""
+"""Forward passes over images that are classified.
+
+They are those of classification, with an image in place of each text.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -25,7 +28,10 @@ class ImagePasses(ClassPasses):
     def batches(
         self, samples: Sequence[Sample], temperature: float | None = 1.0
     ) -> Iterator[ClassBatch]:
-        """The forward passes of a step: as few as hold it, as alike in size as can be, for norms are of a pass."""
+        """The forward passes of a step, as few as hold it.
+
+        They are as alike in size as can be, for norms are of a pass.
+        """
         passes = -(-len(samples) // self.tokens_per_pass)
         for part in np.array_split(np.arange(len(samples)), passes):
             yield self._batch([samples[index] for index in part], temperature)

@@ -1,4 +1,7 @@
-"""Forward passes over masked texts, in training: a text a row, with padding, and targets where tokens are hidden."""
+"""Forward passes over masked texts, in training.
+
+Each text is a row, with padding, and has targets where tokens are hidden.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

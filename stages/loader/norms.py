@@ -1,4 +1,7 @@
-"""Batch norms of a student, which cannot be had of a pass of one sample where that is one number a channel."""
+"""Batch norms of a student.
+
+They cannot be had of a pass of one sample where that is one number a channel.
+"""
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +15,10 @@ _TOO_FEW = "more than 1 value per channel"
 
 
 def fails_alone(model: nn.Module, inputs: dict[str, Tensor]) -> bool:
-    """Whether training fails on a pass of this one sample; weights and averages stay as they are."""
+    """Whether training fails on a pass of this one sample.
+
+    Weights and averages stay as they are.
+    """
     if not any(isinstance(part, _BatchNorm) for part in model.modules()):
         return False
     device = next(model.parameters()).device
@@ -35,7 +41,8 @@ def fails_alone(model: nn.Module, inputs: dict[str, Tensor]) -> bool:
 def refuse_alone(train: Train, *, longest: int, per_pass: int) -> None:
     """Refuse steps and passes of which one may hold a single sample.
 
-    Three of the longest fit into a pass: then one of them can be given to a sample that is left over.
+    Three of the longest fit into a pass: then one of them can be given to a sample that is left
+    over.
 
     Raises:
         UsageError: with the size that would do.
@@ -44,6 +51,7 @@ def refuse_alone(train: Train, *, longest: int, per_pass: int) -> None:
     for name, size, least in sizes:
         if size < least * longest:
             raise UsageError(
-                f"train.{name}: {size} may leave a pass of one sample (the longest has {longest}), and the "
-                f"student's batch norms cannot be had of one. Set it to {least * longest} or more."
+                f"train.{name}: {size} may leave a pass of one sample (the longest has {longest}), "
+                f"and the student's batch norms cannot be had of one. Set it to {least * longest} "
+                "or more."
             )

@@ -1,11 +1,13 @@
-"""From the samples of a step to forward passes: samples are packed into rows, rows are split into passes.
+"""From the samples of a step to forward passes.
 
-Where the model can cut attention at the end of a sample (`models/attention/flat.py`), a pass is a single
-row without padding. Else it has rows of like length, filled evenly, and as little padding as that
-leaves.
+Samples are packed into rows, and rows are split into passes.
 
-Where a loss is between samples, a pass holds whole groups of them in the step's order, however many tokens
-these have.
+Where the model can cut attention at the end of a sample (`models/attention/flat.py`), a pass is a
+single row without padding. Else it has rows of like length, filled evenly, and as little padding as
+that leaves.
+
+Where a loss is between samples, a pass holds whole groups of them in the step's order, however many
+tokens these have.
 
 How they are packed and split changes speed and memory, never the gradient: samples in a row do not
 see each other, and losses are summed over the whole step.
@@ -77,7 +79,7 @@ class Batch:
 
     @property
     def nbytes(self) -> int:
-        """Of all tensors."""
+        """The bytes of all tensors."""
         parts = (getattr(self, f.name) for f in fields(self))
         return sum(part.nbytes for part in parts if isinstance(part, _MOVABLE))
 
@@ -88,12 +90,18 @@ class Batch:
         return inputs if self.edges is None else inputs | flat_inputs(self.edges, self.longest)
 
     def to(self, device: torch.device) -> Self:
-        """The same on another device; by way of page-locked memory to a GPU, so that the copies do not block."""
+        """The same on another device.
+
+        The way to a GPU is through page-locked memory, so that the copies do not block.
+        """
         source = self.pin_memory() if device.type == "cuda" else self
         return source._map(lambda part: part.to(device, non_blocking=True))
 
     def pin_memory(self) -> Self:
-        """The same in page-locked memory; a `DataLoader` with `pin_memory=True` calls this by its name."""
+        """The same in page-locked memory.
+
+        A `DataLoader` with `pin_memory=True` calls this by its name.
+        """
         return self._map(lambda part: part.pin_memory())
 
     def _map(self, change: Callable[[Any], Any]) -> Self:
@@ -118,7 +126,8 @@ class Packing(Passes):
     shared_rows: bool = True
     """False: one sample per row, for a model that lets packed samples see each other."""
     context: int | None = None
-    """Tokens that the model reads at once: a shared row has no more, as some have a table of so many."""
+    """Tokens that the model reads at once. A shared row has no more, as some models have a table of
+    so many."""
     kept: Kept | None = None
     """Entries to take of a sample that is stored with more: topk's or topp's. None: as stored."""
     unstored_temperature: Literal["refuse", "approximate"] = "refuse"
@@ -191,7 +200,10 @@ class Packing(Passes):
         return len(rows) * max(map(_tokens, rows)) <= self.tokens_per_pass
 
     def _in_order(self, samples: Sequence[Sample]) -> list[list[Sample]]:
-        """The rows of one pass, one sample after the other as they come: so groups lie in it side by side."""
+        """The rows of one pass, one sample after the other as they come.
+
+        So groups lie in it side by side.
+        """
         if self.flat:
             return [list(samples)]
         limit = self._usual(max(map(len, samples))) if self.shared_rows else 0
@@ -204,7 +216,10 @@ class Packing(Passes):
         return rows
 
     def losses(self, model: nn.Module, batch: Batch, *, aim: Aim, dtype: torch.dtype) -> Distilled:
-        """Summed loss of the scored tokens of one forward pass in `dtype`, weighted as `aim` says."""
+        """Summed loss of the scored tokens of one forward pass in `dtype`.
+
+        It is weighted as `aim` says.
+        """
         with torch.autocast(
             batch.token_ids.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16
         ):
@@ -265,7 +280,10 @@ class Packing(Passes):
     def _targets(
         self, labels: Sequence[Tensor], samples: Sequence[Sample], temperature: float | None
     ) -> tuple[TargetBatch, MoreTargets | None]:
-        """One sample after the other, of its first teacher and of others; hard ones alone where it has no soft ones."""
+        """Targets of one sample after the other, of its first teacher and of others.
+
+        A sample without soft targets has hard ones alone.
+        """
         if temperature is None or any(sample.targets is None for sample in samples):
             alone = TargetBatch(labels=torch.cat(list(labels)))
             return fit_vocabulary(alone, self.vocab_size), None
@@ -290,7 +308,9 @@ class Packing(Passes):
 
 
 def pack(samples: Sequence[Sample], *, rows: int, limit: int) -> list[list[Sample]]:
-    """At least so many rows of about the same number of tokens; more where one would hold more than `limit`.
+    """At least so many rows of about the same number of tokens.
+
+    There are more where one would hold more than `limit`.
 
     Longest sample first, each into the row that holds the least so far: the widest row is at most
     4/3 of what is possible (Graham 1969, LPT rule), and much closer with many short samples. Within
@@ -315,10 +335,12 @@ def pack(samples: Sequence[Sample], *, rows: int, limit: int) -> list[list[Sampl
 
 
 def mixes_packed(model: nn.Module, lengths: Sequence[int] = (5, 7)) -> str | None:
-    """Why samples may not be packed into one row of this model; None: it keeps them apart where position ids restart.
+    """Why samples may not be packed into one row of this model.
 
-    transformers cuts attention there; a recurrent layer may carry its state on. Asked of the model
-    itself, on a row with samples of these lengths, once.
+    It is None where the model keeps them apart where position ids restart.
+
+    transformers cuts attention there; a recurrent layer may carry its state on. The model itself is
+    asked, once, on a row with samples of these lengths.
     """
     device = next(model.parameters()).device
     texts = [ids.to(device)[None] for ids in made_up(lengths, split_head(model).vocab_size)]

@@ -36,7 +36,7 @@ class PassBatch(Protocol):
 
     @property
     def nbytes(self) -> int:
-        """Of all tensors."""
+        """The bytes of all tensors."""
 
     def to(self, device: torch.device) -> Self:
         """The same on another device."""
@@ -71,9 +71,9 @@ class Passes(ABC):
         """
         if self.group is not None and self.alone:
             raise UsageError(
-                f"loss.features: losses between samples need a group of {self.group} in one pass, and "
-                "each sample gets a pass of its own in this student: its numbers depend on the longest "
-                "sample of a pass. Leave these losses out, or use another student."
+                f"loss.features: losses between samples need a group of {self.group} in one pass, "
+                "and each sample gets a pass of its own in this student: its numbers depend on the "
+                "longest sample of a pass. Leave these losses out, or use another student."
             )
 
     @abstractmethod
@@ -81,7 +81,7 @@ class Passes(ABC):
         """Which tokens of a sample the losses of single positions compare, ascending."""
 
     def counts(self, samples: Sequence[Sample]) -> list[int]:
-        """By what each part of what is matched is divided, over a step of these samples."""
+        """What each part of what is matched is divided by, over a step of these samples."""
         if self.matching is None:
             return []
         size = StepSize(
@@ -92,7 +92,10 @@ class Passes(ABC):
         return self.matching.counts(size)
 
     def targets_of(self, samples: Sequence[Sample], starts: Sequence[int]) -> FeatureTargets | None:
-        """The teacher's features of the samples of a pass, which begin at `starts`; None: nothing is matched."""
+        """The teacher's features of the samples of a pass, which begin at `starts`.
+
+        It is None where nothing is matched.
+        """
         if self.matching is None:
             return None
         return FeatureTargets.of(
@@ -104,7 +107,10 @@ class Passes(ABC):
         )
 
     def at(self, done: float) -> Self:
-        """The passes of a step that ends at this share of all tokens: weights of teachers may follow a schedule."""
+        """The passes of a step that ends at this share of all tokens.
+
+        Weights of teachers may follow a schedule.
+        """
         return self if self.teaching is None else replace(self, teaching=self.teaching.at(done))
 
     def asked_of(self, sample: Sample) -> list[tuple[SoftTargets, np.ndarray | None]]:
@@ -115,7 +121,10 @@ class Passes(ABC):
 
     @property
     def example(self) -> "dict[str, Tensor] | None":
-        """What the model takes of one sample, where samples are all of one size; None: they are texts."""
+        """What the model takes of one sample, where samples are all of one size.
+
+        It is None where they are texts.
+        """
         return None
 
     @property
@@ -126,7 +135,10 @@ class Passes(ABC):
     def with_features(
         self, found: Distilled, shown: Shown, targets: FeatureTargets | None, *, aim: Aim
     ) -> Distilled:
-        """The loss of a pass with what of the features is matched; `aim` has a weight for each part."""
+        """The loss of a pass, with what of the features is matched.
+
+        `aim` has a weight for each part.
+        """
         if self.matching is None or targets is None:
             return found
         sums = self.matching(shown, targets)
@@ -150,7 +162,10 @@ class Passes(ABC):
 
     @abstractmethod
     def head_weight(self, model: nn.Module) -> Tensor | None:
-        """The output layer's weight [V, D] where it runs at scored positions alone; None: the body has it all."""
+        """The output layer's weight [V, D] where it runs at scored positions alone.
+
+        It is None where the body has it all.
+        """
 
 
 def whole_groups(

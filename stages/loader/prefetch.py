@@ -1,4 +1,6 @@
-"""Forward passes made ahead: a thread reads, packs and copies to the device while the passes before are computed.
+"""Forward passes made ahead.
+
+A thread reads, packs and copies to the device while the passes before are computed.
 
 The order is that of the steps, with or without the thread. At most `AHEAD` things wait, and while
 passes that wait hold more than `AHEAD_BYTES` no other is made: so many bytes and one pass, on the
@@ -52,8 +54,7 @@ class Prefetch:
         Args:
             steps: What is trained on.
             make: The passes of a step, on the device; called in a thread, one step after the other.
-                What has no
-                `nbytes` counts as holding nothing.
+                What has no `nbytes` counts as holding nothing.
             clock: What the caller waits for is charged to its "disk": reading and decoding, and
                 packing behind it.
         """
@@ -122,7 +123,7 @@ class Prefetch:
             self._waiting.append(self._thread.submit(self._one_more))
 
     def _one_more(self) -> Any:
-        """In the thread: what comes next, once there is room for it."""
+        """What comes next, once there is room for it; the thread calls this."""
         with self._room:
             self._room.wait_for(lambda: self._stopping or self._held <= AHEAD_BYTES)
             if self._stopping:
@@ -146,7 +147,10 @@ class Prefetch:
         self._waiting.clear()
 
     def _read(self) -> Iterator[Step]:
-        """Steps that were not read yet, noted; what ended the reading is raised again whenever it is asked for."""
+        """Steps that were not read yet, which are noted.
+
+        What ended the reading is raised again whenever a step is asked for.
+        """
         if self._broken is not None:
             raise self._broken
         try:

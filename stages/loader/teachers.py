@@ -1,7 +1,9 @@
-"""What each of several teachers said of a training's samples: found by the sample's number, read when a pass needs it.
+"""What each of several teachers said of a training's samples.
 
-The file `teachers/<id>/` in the student's folder says where each row is (`storage/snapshots/partners.py`), as
-that of features does.
+It is found by the sample's number, and read when a pass needs it.
+
+The file `teachers/<id>/` in the student's folder says where each row is
+(`storage/snapshots/partners.py`), as that of features does.
 """
 
 import threading
@@ -28,14 +30,19 @@ class TeacherSource:
     """The targets of all teachers, by sample of one snapshot."""
 
     def __init__(self, beside: RowsBeside | None, places: np.ndarray) -> None:
-        """`places`: as `partner_places` made them; without rows beside the samples, `beside` is None."""
+        """Keep the places as `partner_places` made them.
+
+        Without rows beside the samples, `beside` is None.
+        """
         self._beside, self._places = beside, places
         self._one_reads = threading.Lock()
 
     def of_text(
         self, number: int, token_ids: np.ndarray, spans: np.ndarray, own: SoftTargets
     ) -> list[tuple[int, SoftTargets]]:
-        """Number of each teacher that has scored a sample, in their order, and its normalised targets.
+        """The number and the normalised targets of each teacher that has scored a sample.
+
+        They are in the teachers' order.
 
         Args:
             number: The sample's, in the snapshot.
@@ -63,8 +70,8 @@ class TeacherSource:
         same = np.array_equal(row["token_ids"], token_ids)
         if not same or not np.array_equal(spans_of(row), spans):
             raise IntegrityError(
-                f"teachers: what another teacher said of sample {number} is of another text. Delete "
-                f"the folder `{_FOLDER}` of the student, and run again."
+                f"teachers: what another teacher said of sample {number} is of another text. "
+                f"Delete the folder `{_FOLDER}` of the student, and run again."
             )
         return SoftTargets.from_row(row).normalised()
 

@@ -1,4 +1,7 @@
-"""Forward passes over texts whose words are classified: those of classification, with a target at each first token."""
+"""Forward passes over texts whose words are classified.
+
+They are those of classification, with a target at each first token.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

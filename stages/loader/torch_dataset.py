@@ -1,4 +1,6 @@
-"""A snapshot as a torch `IterableDataset`: global batches that ranks and workers share, resumable at any of them.
+"""A snapshot as a torch `IterableDataset` of global batches.
+
+Ranks and workers share the batches, and reading can go on at any of them.
 
 Global batch n is samples [n * B, (n + 1) * B) of the snapshot's order, through all epochs without a
 seam or an end. Rank r of R takes the r-th of its R equal parts; worker w of W makes the batches n
@@ -136,12 +138,14 @@ class SnapshotDataset(IterableDataset[Any]):
 
 
 class Collator:
-    """Samples as one forward pass, in a dict of tensors: what `transformers.Trainer` and its like hand to a loss.
+    """Samples as one forward pass, in a dict of tensors.
 
-    Keys are `input_ids` and `position_ids` [B, T], `predicting` and `labels` [N], and where there
-    are targets
-    `target_ids`, `target_logprobs` [N, K] and `target_tail_logprob` [N], or sampled `target_ids`,
-    `target_probabilities` [N, K] and `target_entropy` [N]; `batch_of` is the way back.
+    This is what `transformers.Trainer` and its like hand to a loss.
+
+    Keys are `input_ids` and `position_ids` [B, T], `predicting` and `labels` [N]. Where there are
+    targets, `target_ids`, `target_logprobs` [N, K] and `target_tail_logprob` [N] come too, or
+    sampled `target_ids`, `target_probabilities` [N, K] and `target_entropy` [N]. `batch_of` is the
+    way back.
     """
 
     def __init__(self, packing: Packing, *, temperature: float = 1.0) -> None:

@@ -1,17 +1,20 @@
-"""What the losses are: divergence from the teacher and cross-entropy of each token, float32 throughout.
+"""What the losses are: divergence from the teacher and cross-entropy of each token.
+
+All is float32 throughout.
 
 A sparse soft target is K entries and a bucket for all other ids. The student is seen through the
 same K + 1 outcomes, so no mass of either side is thrown away:
 
-    t_i  teacher's probability of entry i          t_B = 1 - sum t_i    stored as a log, `tail_logprob`
-    p_i  student's probability of the same id      p_B = 1 - sum p_i    computed as a logsumexp over what is not kept
+    t_i  teacher's probability of entry i        t_B = 1 - sum t_i    its log is `tail_logprob`
+    p_i  student's probability of the same id    p_B = 1 - sum p_i    a logsumexp over other ids
 
-`divergences.py` compares the two; each divergence is 0 when the K + 1 numbers agree, and at K = V the bucket is empty.
-Other tail policies, for comparison, change what is compared:
+`divergences.py` compares the two; each divergence is 0 when the K + 1 numbers agree, and at K = V
+the bucket is empty. Other tail policies, for comparison, change what is compared:
 
     drop          t_i / sum t, no bucket for the teacher; the student over its whole vocabulary
     renormalize   t_i / sum t and p_i / sum p: only the entries are seen
-    to_label      t_B joins the token that is there, which becomes an entry if it is none; the student as in drop
+    to_label      t_B joins the token that is there, which becomes an entry if it is none; the
+                  student as in drop
 
 A sampled target has no tail: its K probabilities are an estimate whose mean is the teacher, and
 forward KL is -sum t_i log p_i - (entropy of the teacher), p over the whole vocabulary: right in the
@@ -48,8 +51,8 @@ class Distilled:
     """The loss of one forward pass, and what it is made of."""
 
     total: Tensor
-    """Sum over the tokens of soft_weight * soft + hard_weight * hard, and of what of the features is
-    matched, weighted; the one that has a gradient."""
+    """Sum over the tokens of soft_weight * soft + hard_weight * hard, and of what of the features
+    is matched, weighted. It is the one that has a gradient."""
     hard: Tensor
     """[N] cross-entropy of each token, nats; a value without a gradient. Of texts those with a
     label."""
@@ -60,7 +63,10 @@ class Distilled:
     gradient. None where there is none."""
 
     def plus(self, more: "Distilled", at: Tensor) -> "Distilled":
-        """With the divergences from further teachers, which are of the tokens `at`; their cross-entropy is the same."""
+        """This loss with the divergences from further teachers, which are of the tokens `at`.
+
+        Their cross-entropy is the same.
+        """
         soft = self.soft
         if soft is not None and more.soft is not None:
             soft = soft.index_add(0, at, more.soft)
@@ -77,7 +83,10 @@ class LossParts:
     """[N] divergence from the teacher; None where it was not asked for."""
 
     def weighted(self, soft_weight: float, hard_weight: float) -> Tensor:
-        """[N] soft_weight * soft + hard_weight * hard, weights used as given; a part whose weight is 0 is left out."""
+        """[N] soft_weight * soft + hard_weight * hard, with the weights used as given.
+
+        A part whose weight is 0 is left out.
+        """
         # It may be infinite, as at a label of probability 0, and 0 * inf is no number. Autograd
         # knows the zeros.
         hard = (
@@ -97,7 +106,9 @@ class LossParts:
 def logits_distillation(
     logits: Tensor, targets: TargetBatch, *, objective: Objective | None
 ) -> LossParts:
-    """Divergence and cross-entropy of each token from logits [N, V] float32; autograd goes through both.
+    """Divergence and cross-entropy of each token from logits [N, V] float32.
+
+    Autograd goes through both.
 
     Raises:
         UsageError: the targets are sampled, which serve forward KL only.
@@ -111,7 +122,10 @@ def logits_distillation(
 
 
 def compared(targets: TargetBatch, objective: Objective) -> TargetBatch:
-    """The targets with the entries that the student is seen through: to_label adds one where the label is none."""
+    """The targets with the entries that the student is seen through.
+
+    The policy to_label adds one where the label is none.
+    """
     return (
         _tail_to_label(targets)
         if objective.tail == "to_label" and targets.logprobs is not None
@@ -120,7 +134,9 @@ def compared(targets: TargetBatch, objective: Objective) -> TargetBatch:
 
 
 def losses_of(seen: Seen, targets: TargetBatch, *, objective: Objective | None) -> LossParts:
-    """The definition: divergence and cross-entropy of each token, from what is seen of the student's logits.
+    """The definition: divergence and cross-entropy of each token.
+
+    They follow from what is seen of the student's logits.
 
     Args:
         seen: Of N tokens, `rest` at the objective's temperature.
@@ -158,7 +174,10 @@ def _divergence(teacher: Tensor, student: Tensor, objective: Objective) -> Tenso
 
 
 def _sampled_forward_kl(student: Tensor, targets: TargetBatch, objective: Objective) -> Tensor:
-    """-sum_i t_i log p_i - entropy of the teacher [N]; the mean over the draws is forward KL over the vocabulary."""
+    """-sum_i t_i log p_i - entropy of the teacher [N].
+
+    The mean over the draws is forward KL over the vocabulary.
+    """
     if not DIVERGENCES[objective.divergence].draws_suffice:
         raise UsageError(
             f"loss.divergence: {objective.divergence} needs the teacher's probability of each "
@@ -183,7 +202,10 @@ def _teacher(targets: TargetBatch, objective: Objective) -> Tensor:
 
 
 def _student(outcomes: Tensor, objective: Objective) -> Tensor:
-    """Log-probabilities [N, K + 1] of the same outcomes, from their logits; no tail of the teacher hides the bucket."""
+    """Log-probabilities [N, K + 1] of the same outcomes, from their logits.
+
+    No tail of the teacher hides the bucket.
+    """
     if objective.tail != "renormalize":
         return outcomes.log_softmax(-1)
     unseen = torch.full_like(outcomes[:, -1:], -torch.inf)
@@ -191,13 +213,19 @@ def _student(outcomes: Tensor, objective: Objective) -> Tensor:
 
 
 def _conditioned(values: Tensor) -> Tensor:
-    """Log-softmax over the entries [N, K]; a row that has none, -inf throughout, stays so and has no gradient."""
+    """Log-softmax over the entries [N, K].
+
+    A row that has none, -inf throughout, stays so and has no gradient.
+    """
     empty = (values == -torch.inf).all(-1, keepdim=True)
     return values.masked_fill(empty, 0.0).log_softmax(-1).masked_fill(empty, -torch.inf)
 
 
 def _tail_to_label(targets: TargetBatch) -> TargetBatch:
-    """The tail's mass on the token that is there: added to its entry, or an entry of its own in one column more."""
+    """The targets with the tail's mass on the token that is there.
+
+    It is added to that token's entry, or is an entry of its own in one column more.
+    """
     assert targets.logprobs is not None
     assert targets.tail_logprob is not None
     if targets.ids is None:
@@ -216,7 +244,7 @@ def _tail_to_label(targets: TargetBatch) -> TargetBatch:
 
 
 def _seen(logits: Tensor, targets: TargetBatch, temperature: float) -> Seen:
-    """Of logits [N, V], by operations that autograd knows."""
+    """What is seen of logits [N, V], by operations that autograd knows."""
     label = logits.gather(-1, targets.labels[:, None]).squeeze(-1)
     if targets.ids is None:
         assert targets.logprobs is not None

@@ -1,4 +1,6 @@
-"""Divergences of a student from a teacher over the same outcomes, per token, float32: pure functions, no vocabulary.
+"""Divergences of a student from a teacher over the same outcomes, per token, in float32.
+
+They are pure functions and know no vocabulary.
 
 Each takes log-probabilities `teacher` and `student` [N, K + 1]: K entries and, last, the bucket for
 all other ids (-inf where there is none), and returns [N]: nats, but for total variation and
@@ -40,7 +42,7 @@ def reverse_kl(teacher: Tensor, student: Tensor) -> Tensor:
 def skew_forward_kl(teacher: Tensor, student: Tensor, *, skew: float) -> Tensor:
     """KL(t || m), m = skew t + (1 - skew) p.
 
-    Ko et al. 2024 (DistiLLM), arXiv 2402.03898. At most -log(skew).
+    Ko et al. 2024 (DistiLLM), arXiv 2402.03898. It is at most -log(skew).
     """
     return _kl(teacher, _mixture(teacher, student, skew))
 
@@ -48,7 +50,7 @@ def skew_forward_kl(teacher: Tensor, student: Tensor, *, skew: float) -> Tensor:
 def skew_reverse_kl(teacher: Tensor, student: Tensor, *, skew: float) -> Tensor:
     """KL(p || m), m = (1 - skew) t + skew p.
 
-    As `skew_forward_kl`; the gradient goes through p in the mixture too.
+    The source is that of `skew_forward_kl`. The gradient goes through p in the mixture too.
     """
     return _kl(
         student, _mixture(student, teacher.clamp_min(_LOG_TINY) if skew == 0 else teacher, skew)
@@ -56,7 +58,9 @@ def skew_reverse_kl(teacher: Tensor, student: Tensor, *, skew: float) -> Tensor:
 
 
 def jsd(teacher: Tensor, student: Tensor, *, jsd_weight: float) -> Tensor:
-    """Generalised Jensen-Shannon: w KL(t || m) + (1 - w) KL(p || m), m = w t + (1 - w) p, w = jsd_weight.
+    """Generalised Jensen-Shannon: w KL(t || m) + (1 - w) KL(p || m).
+
+    In it m = w t + (1 - w) p and w = jsd_weight.
 
     Agarwal et al. 2024 (GKD), arXiv 2306.13649; 0 < w < 1. At w = 1/2 it is symmetric and
     at most log 2.
@@ -67,7 +71,9 @@ def jsd(teacher: Tensor, student: Tensor, *, jsd_weight: float) -> Tensor:
 
 
 def total_variation(teacher: Tensor, student: Tensor) -> Tensor:
-    """1/2 sum_i |t_i - p_i|, a share from 0 to 1; 1 - it is how often speculative decoding accepts the student.
+    """1/2 sum_i |t_i - p_i|, a share from 0 to 1.
+
+    One minus it is how often speculative decoding accepts the student.
 
     Wen et al. 2023 (f-divergence distillation), arXiv 2307.15190.
     """
@@ -75,7 +81,9 @@ def total_variation(teacher: Tensor, student: Tensor) -> Tensor:
 
 
 def alpha_beta(teacher: Tensor, student: Tensor, *, alpha_beta: tuple[float, float]) -> Tensor:
-    """-1/(ab) sum_i [t_i^a p_i^b - a/(a+b) t_i^(a+b) - b/(a+b) p_i^(a+b)], with (a, b) = alpha_beta.
+    """-1/(ab) sum_i [t_i^a p_i^b - a/(a+b) t_i^(a+b) - b/(a+b) p_i^(a+b)].
+
+    In it (a, b) = alpha_beta.
 
     Wang et al. 2025 (ABKD), arXiv 2505.04560; the divergence is Cichocki et al. 2011's. With
     d = log t - log p and g(x) = (e^x - 1 - x) / x^2, which is 1/2 at x = 0, it is
@@ -98,7 +106,9 @@ def alpha_beta(teacher: Tensor, student: Tensor, *, alpha_beta: tuple[float, flo
 
 
 def adaptive_kl(teacher: Tensor, student: Tensor, *, head_mass: float) -> Tensor:
-    """g_h / (g_h + g_t) KL(t || p) + g_t / (g_h + g_t) KL(p || t), with g = sum_i |t_i - p_i| over head and tail.
+    """g_h / (g_h + g_t) KL(t || p) + g_t / (g_h + g_t) KL(p || t).
+
+    In it g = sum_i |t_i - p_i|, over head (g_h) and tail (g_t).
 
     The head is the teacher's best entries as long as their mass together is at most `head_mass`,
     the best one always; the tail is all else, the bucket included. As in the authors' code the two
@@ -119,7 +129,8 @@ def adaptive_kl(teacher: Tensor, student: Tensor, *, head_mass: float) -> Tensor
 def _second_order(start: Tensor, x: Tensor, end: Tensor) -> Tensor:
     """e^start (e^x - 1 - x) / x^2, where end = start + x; close to x = 0 its series."""
     near = x.abs() <= 1
-    # Each branch is given what it can take: where it is not chosen, its gradient is 0 times a number.
+    # Each branch is given what it can take. Where it is not chosen, its gradient is 0 times a
+    # number.
     small, large = torch.where(near, x, 0.0), torch.where(near, 2.0, x)
     series = torch.zeros_like(x)
     for power in range(_SERIES, 1, -1):
@@ -136,12 +147,18 @@ def _kl(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _above_zero(log_p: Tensor) -> Tensor:
-    """The least normal float32 in place of no probability at all; what is merely tiny stays, for its gradient."""
+    """Log-probabilities, with the least normal float32 in place of no probability at all.
+
+    What is merely tiny stays, for its gradient.
+    """
     return log_p.masked_fill(log_p == -torch.inf, _LOG_TINY)
 
 
 def _mixture(a: Tensor, b: Tensor, share: float) -> Tensor:
-    """log(share a + (1 - share) b) of log-probabilities; -inf, without a gradient, where both are."""
+    """log(share a + (1 - share) b) of log-probabilities.
+
+    It is -inf, without a gradient, where both are.
+    """
     if share == 0:
         return b
     nothing = (a == -torch.inf) & (b == -torch.inf)

@@ -1,6 +1,8 @@
-"""Hidden states and output head in, loss out, at the cost of cross-entropy: three matrix products, no logits kept.
+"""Hidden states and output head in, loss out, at the cost of cross-entropy.
 
-    raw = h W^T (+ b + u B^T)      dh = G W      dW = G^T h         G = d loss / d raw, in raw's own memory
+It takes three matrix products, and no logits are kept.
+
+    raw = h W^T (+ b + u B^T)    dh = G W    dW = G^T h    G = d loss / d raw, in raw's own memory
 
 Logits exist for one chunk of tokens at a time. Of each chunk the loss sees a few numbers
 (`vocabulary.py`); its derivatives with respect to those come from autograd over [n, K] tensors, and
@@ -49,7 +51,9 @@ def linear_distillation(
     kernel: Kernel | None = None,
     chunk_tokens: int | None = None,
 ) -> Distilled:
-    """Sum of the weighted divergence and cross-entropy of all tokens, both as `losses.losses_of` defines them.
+    """Sum of the weighted divergence and cross-entropy of all tokens.
+
+    Both are as `losses.losses_of` defines them.
 
     The gradient is made here, of the total, and scaled by one number in the backward pass: what is
     done to single tokens afterwards has no gradient. Weights that are divided by the scored tokens
@@ -161,7 +165,10 @@ class _Run:
         return parts
 
     def _dense_losses(self, raw: Tensor, targets: TargetBatch, *, backward: bool) -> LossParts:
-        """As `losses`, where each id is an entry: autograd through the logits, a few rows at a time."""
+        """Losses as of `losses`, where each id is an entry.
+
+        Autograd goes through the logits, a few rows at a time.
+        """
         found, size = [], passes.block_rows(raw)
         for start in range(0, len(raw), size):
             rows = raw[start : start + size]
@@ -187,7 +194,10 @@ class _Run:
 
 
 class _Loss(torch.autograd.Function):
-    """Of the bias [V] and of pairs, left [N, d] and right [V, d]: states and weight, then U and B of a LoRA."""
+    """The loss of the bias [V] and of pairs, left [N, d] and right [V, d].
+
+    A pair is states and weight, or U and B of a LoRA.
+    """
 
     @staticmethod
     def forward(
@@ -252,7 +262,10 @@ class _Loss(torch.autograd.Function):
 
 
 def _room(hidden: Tensor, weight: Tensor) -> Tensor:
-    """Memory for the logits of a chunk; on a GPU rows begin at multiples of 16 bytes, which kernels move at once."""
+    """Memory for the logits of a chunk.
+
+    On a GPU rows begin at multiples of 16 bytes, which kernels move at once.
+    """
     vocab_size, width = weight.shape[0], weight.shape[0]
     if hidden.device.type != "cpu":
         width = _ceiling(width, 8) * 8

@@ -4,8 +4,9 @@ No loss here sees logits z [n, V] other than through the logits of K entries, th
 sums over ids:
 
     normaliser  log sum_j exp(z_j)         over all ids
-    rest        log sum_j exp(z_j / T)     over the ids that are no entry: never the whole minus the entries, which
-                                           cancels where the entries hold nearly all mass
+    rest        log sum_j exp(z_j / T)     over the ids that are no entry: never the whole minus
+                                           the entries, which cancels where the entries hold
+                                           nearly all mass
 
 So the gradient of any of them is that of a function of [n, K] numbers, carried back over the
 vocabulary once:
@@ -61,7 +62,10 @@ class Seen:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Slopes:
-    """Derivatives of the loss with respect to what was seen, float32, weights of the tokens included."""
+    """Derivatives of the loss with respect to what was seen, in float32.
+
+    They include the weights of the tokens.
+    """
 
     entries: Tensor
     """[n, K]; 0 where there is none."""
@@ -145,7 +149,9 @@ def spread(raw: Tensor, asked: Asked, seen: Seen, slopes: Slopes) -> Tensor:
 
 
 def _one_softmax(raw: Tensor, asked: Asked) -> bool:
-    """Whether both sums and their gradients follow from one softmax over the ids that are no entry, made in place.
+    """Whether both sums and their gradients follow from one softmax, made in place.
+
+    That softmax is over the ids that are no entry.
 
     Then the exponentials are made once and nothing is allocated. There must be such an id in each
     row.
@@ -176,7 +182,10 @@ def _places(asked: Asked) -> Tensor:
 
 
 def _logits(raw: Tensor, asked: Asked) -> Tensor:
-    """Finished, in float32: `raw` itself if nothing is to be changed; -inf stays -inf, which a softcap would lift."""
+    """Finished logits in float32, or `raw` itself if nothing is to be changed.
+
+    -inf stays -inf, which a softcap would lift.
+    """
     logits = raw.float()
     if asked.scale != 1.0:
         logits = logits * asked.scale

@@ -1,4 +1,6 @@
-"""`look` and `spread` of `vocabulary.py` as Triton kernels, for logits on a GPU; same functions, same meaning.
+"""`look` and `spread` of `vocabulary.py` as Triton kernels, for logits on a GPU.
+
+They are the same functions, with the same meaning.
 
 One program takes one row. `look` reads it once, `spread` reads it once and writes it once, in
 place; what is read or written besides is O(n K). Nothing is converted beforehand: a row stays in
@@ -50,7 +52,9 @@ def look(raw: Tensor, asked: Asked) -> Seen:
 
 
 def spread(raw: Tensor, asked: Asked, seen: Seen, slopes: Slopes) -> Tensor:
-    """Derivative of the loss with respect to `raw` [n, V], in its memory and dtype; `passes.spread`.
+    """Derivative of the loss with respect to `raw` [n, V], in its memory and dtype.
+
+    It is what `vocabulary.spread` computes.
 
     Args:
         raw: As `look` left it.
@@ -243,7 +247,10 @@ def _spread(
 
 @triton.jit
 def _take_in(z, top, total, tempered, coolness, WIDTH: tl.constexpr, TEMPERED: tl.constexpr):
-    """Maximum and sums [LANES] with a tile added: sum of exp(z - top), and of exp((z - top) / T)."""
+    """Maximum and sums [LANES] with a tile added.
+
+    The sums are those of exp(z - top) and of exp((z - top) / T).
+    """
     z = tl.reshape(z, [UNROLL, LANES, WIDTH])
     higher = tl.maximum(top, tl.max(tl.max(z, 2), 0))
     below = z - higher[None, :, None]

@@ -1,4 +1,7 @@
-"""Models of the task causal_lm: causal language models, a LoRA adapter on the teacher's weights included."""
+"""Models of the task causal_lm: causal language models.
+
+A LoRA adapter on the teacher's weights is included.
+"""
 
 from pathlib import Path
 
@@ -30,8 +33,9 @@ def load_causal_lm(identity: Identity, *, device_map: str | None = None) -> PreT
     model, missing = KIND.teacher(identity, device_map=device_map)
     if missing:
         raise UsageError(
-            f"{identity.folder} lacks weights of a causal language model ({', '.join(missing[:3])}), "
-            "which transformers would draw at random. Name a model that was saved whole."
+            f"{identity.folder} lacks weights of a causal language model "
+            f"({', '.join(missing[:3])}), which transformers would draw at random. Name a model "
+            "that was saved whole."
         )
     if identity.adapter is not None:
         with adapter_on(model, identity) as adapted:

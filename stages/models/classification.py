@@ -1,7 +1,7 @@
 """Models of the task classification: a head over classes, one text a row, logits [B, C].
 
-The counterpart of `causal_lm.py` and `head.py`. Nothing is packed and nothing is shifted: a row is
-one text (or pair) with padding at its end.
+It is the counterpart of `causal_lm.py` and `head.py`. Nothing is packed and nothing is shifted: a
+row is one text (or pair) with padding at its end.
 
 Letters: B texts, T tokens of the longest, C classes.
 """
@@ -73,9 +73,12 @@ def _class_fields(identity: Identity) -> dict[str, Any]:
 
 
 def _refuse_unlike(adapted: Any, identity: Identity, missing: Sequence[str]) -> None:
-    """Refuse an adapter that has other tensors than there are places for, or not all that the base lacks.
+    """Refuse an adapter whose tensors do not fit their places.
 
-    PEFT leaves out without an error what it has no place for, and draws at random what is not there.
+    It may have others than there are places for, or not all that the base lacks.
+
+    PEFT leaves out without an error what it has no place for, and draws at random what is not
+    there.
     """
     from peft import get_peft_model_state_dict
     from peft.utils import load_peft_weights
@@ -86,7 +89,8 @@ def _refuse_unlike(adapted: Any, identity: Identity, missing: Sequence[str]) -> 
     if unlike := sorted(places ^ found):
         what = "lacks" if unlike[0] in places else f"is no adapter of {identity.folder}: it has"
         raise UsageError(
-            f"{where} {what} {unlike[0]}. Name an adapter of this model, or the model of this adapter."
+            f"{where} {what} {unlike[0]}. Name an adapter of this model, or the model of this "
+            "adapter."
         )
     lacking = [name for name in missing if PREFIX + name not in found]
     if lacking:

@@ -1,4 +1,7 @@
-"""The device: where and in what to compute, in which mode, whether Triton can, and what to say when it fails."""
+"""The device: where and in what to compute, in which mode, and whether Triton can.
+
+The messages for a device that fails are here too.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -52,7 +55,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def check_device(device: object, failure: str) -> None:
-    """After a failed pass: a GPU may take no more work from this process (a device-side assert, a lost card).
+    """See, after a failed pass, whether a GPU still takes work from this process.
+
+    After a device-side assert or a lost card it may take no more.
 
     Raises:
         EngineDied: it takes none.
@@ -64,7 +69,10 @@ def check_device(device: object, failure: str) -> None:
 
 
 def device_and_dtype(student: Student) -> tuple[torch.device, torch.dtype]:
-    """Where to compute and in what: a GPU where there is one; `auto` is bfloat16 on a GPU that does it well."""
+    """Where to compute and in what.
+
+    It is a GPU where there is one. `auto` is bfloat16 on a GPU that does it well.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if student.dtype == "auto":
         half = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -73,7 +81,10 @@ def device_and_dtype(student: Student) -> tuple[torch.device, torch.dtype]:
 
 
 def out_of_memory(tokens: int, message: str, *, group: int | None = None) -> StillroomError:
-    """Of the smallest training pass: a sample of so many tokens, or a group; `message` is torch's."""
+    """The error of the smallest training pass that did not fit.
+
+    It is of a sample of so many tokens, or a group. `message` is torch's.
+    """
     what = f"{tokens} tokens, one sample alone"
     advice = "cut the data shorter"
     if group is not None:

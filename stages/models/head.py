@@ -1,6 +1,9 @@
-"""The seam between hidden states and logits of a language model, so that logits can be made a chunk at a time.
+"""The seam between hidden states and logits of a language model.
 
-    z = softcap( scale * (h W^T + b + u B^T) )        softcap(x) = c * tanh(x / c), or x where the model has none
+Through it logits can be made a chunk at a time.
+
+    z = softcap( scale * (h W^T + b + u B^T) )
+    softcap(x) = c * tanh(x / c), or x where the model has none
 
 with u = s * dropout(h) A^T where the output layer has a LoRA. Scoring, training and evaluation all
 make logits of this form and no other. `check_head` compares it with the model's own logits once,
@@ -80,14 +83,20 @@ class Head:
             return self.finished(self._product(hidden))
 
     def finished(self, product: Tensor) -> Tensor:
-        """Logits [N, V] in float32 of what the matrix product made: `product` itself where nothing is to be done."""
+        """Logits [N, V] in float32 of what the matrix product made.
+
+        They are `product` itself where nothing is to be done.
+        """
         logits = product.float()
         if self.scale != 1.0:
             logits = logits * self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
     def exact_logits(self, hidden: Tensor) -> Tensor:
-        """`logits` in the dtype that holds them: that of the product, where neither scale nor soft-capping follows."""
+        """`logits` in the dtype that holds them.
+
+        That is the product's, where neither scale nor soft-capping follows.
+        """
         if self.scale != 1.0 or self.softcap is not None:
             return self.logits(hidden)
         with torch.autocast(hidden.device.type, enabled=False):
@@ -132,7 +141,7 @@ def split_head(model: nn.Module) -> Head:
 
 
 def _kind(layer: Any) -> str:
-    """Of what class it is, and in what its weights are, where they have a type."""
+    """The class of a layer, and the type of its weights where they have one."""
     dtype = getattr(getattr(layer, "weight", None), "dtype", None)
     return type(layer).__name__ + ("" if dtype is None else f" ({dtype})")
 
@@ -143,7 +152,10 @@ def _setting(config: Any, names: Sequence[str]) -> float | None:
 
 
 def _low_rank(layer: Any, name: str) -> LowRank | None:
-    """What PEFT's layer adds to its base layer now: nothing where the adapter is off, or merged into the weight."""
+    """What PEFT's layer adds to its base layer now.
+
+    It adds nothing where the adapter is off, or merged into the weight.
+    """
     if not hasattr(layer, "lora_A"):
         raise UsageError(
             f"{name}: the output layer is {type(layer).__name__}, expected a plain linear layer, "

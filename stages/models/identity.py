@@ -1,4 +1,6 @@
-"""Who a model is: hashes of weights, config, tokenizer, template, adapter, dtype and quantisation; no path, no name.
+"""Who a model is: hashes of weights, config, tokenizer, template, adapter, dtype, quantisation.
+
+It has no path and no name.
 
 Nothing here imports torch: the plan asks for identities too. Weights are hashed once per file; the
 hash is kept in the store's cache under (path, size, mtime, inode), so a second run does not read an
@@ -51,7 +53,7 @@ _NOT_CONTENT = {
 
 
 class FileHashes:
-    """sha256 of files, remembered by a store's `cache`; `remember=False` only reads what is there."""
+    """sha256 of files, remembered by a store's `cache`. `remember=False` only reads there."""
 
     def __init__(self, store_dir: str | Path, *, remember: bool) -> None:
         self._files = open_files(store_dir).cache
@@ -85,7 +87,7 @@ class FileHashes:
         return digest
 
     def keep(self) -> None:
-        """Let the store remember what was hashed so far: one that was not there yet when this began."""
+        """Let the store remember what was hashed so far, if it was not there when this began."""
         for name, record in self._unkept.items():
             self._files.put_if_absent(name, record)
         self._unkept.clear()
@@ -111,17 +113,17 @@ class Identity:
 
     @property
     def runs_code(self) -> bool:
-        """Whether code of its own is run to load it: what transformers calls `trust_remote_code`."""
+        """Whether code of its own loads it: what transformers calls `trust_remote_code`."""
         return "code" in self.parts
 
     @property
     def quantize(self) -> str | None:
-        """How its float weights are quantised while they are loaded; None: it is loaded as it is stored."""
+        """How its float weights are quantised while they are loaded, or None."""
         return self.parts["quantization"]["name"] if "quantization" in self.parts else None
 
     @property
     def quantized(self) -> str:
-        """How its weights are quantised, in words, whether while they are loaded or before; empty: they are not."""
+        """How its weights are quantised, in words, while they are loaded or before, or empty."""
         return quantized_words(self.parts)
 
     @property
@@ -134,7 +136,7 @@ class Identity:
         return len(self.class_names) if TASKS[task].labelled else self.vocab_size
 
     def files_to_keep(self) -> dict[str, bytes]:
-        """What a store keeps of this model, so that its rows can be read and trained from without it."""
+        """What a store keeps of this model: with it its rows are read and trained from."""
         names = [*KEPT_FILES, "config.json", "generation_config.json"]
         names += [PROCESSOR] if PROCESSOR in self.parts["tokenizer"] else []
         files = {n: (self.folder / n).read_bytes() for n in names if (self.folder / n).is_file()}
@@ -276,7 +278,7 @@ def identify(
 def identify_unseen(
     folder: Path, name: str, *, hashes: FileHashes, vocab_size: int | None = None
 ) -> Identity:
-    """A teacher whose weights are not here: known by the name that is given to it, and by its tokenizer.
+    """A teacher whose weights are not here, known by its tokenizer and the name it is given.
 
     Two teachers of one name and tokenizer are one teacher here; nothing can tell them apart.
 
@@ -322,7 +324,7 @@ def identify_unseen(
 
 
 def _template(folder: Path, tokenizer_config: dict[str, Any]) -> Any:
-    """The chat template, taken out of a tokenizer's config; name and text of each where there are several."""
+    """The chat template, taken out of a tokenizer's config. Several have a name each."""
     template = tokenizer_config.pop("chat_template", None)
     if (folder / "chat_template.jinja").is_file():
         template = (folder / "chat_template.jinja").read_text()
@@ -382,13 +384,13 @@ def _code(folder: Path, config: dict[str, Any], hashes: FileHashes) -> dict[str,
 
 
 def _adapter(folder: Path, hashes: FileHashes) -> dict[str, Any]:
-    """The tensors say what is added, the config how strongly and where (lora_alpha, rank, modules)."""
+    """What an adapter adds (tensors), and how strongly and where (lora_alpha, rank, modules)."""
     config = read_json(folder / ADAPTER_CONFIG, "teacher.adapter")
     return {"weights": _weights(folder, hashes, "teacher.adapter"), "config": _content(config)}
 
 
 def _content(config: dict[str, Any]) -> dict[str, Any]:
-    """A config without those fields, at any depth: configs of parts (text, vision) have them too."""
+    """A config without those fields, at any depth: configs of parts have them too."""
 
     def kept(value: Any) -> Any:
         if isinstance(value, dict):

@@ -1,8 +1,8 @@
 """Models of the task image_classification: a head over classes, one image a row, logits [B, C].
 
-What a processor does is cut in two. Size and crop come first, once: what they leave is stored, 8 bits
-a channel, as a PNG file. Scaling and normalising follow each time that a model reads it. Both are the
-processor's own, in the backend of Pillow: the same pixels with torchvision and without.
+What a processor does is cut in two. Size and crop come first, once: what they leave is stored, 8
+bits a channel, as a PNG file. Scaling and normalising follow each time that a model reads it. Both
+are the processor's own, in the backend of Pillow: the same pixels with torchvision and without.
 
 Letters: B images, c channels, H and W their size, C classes.
 """
@@ -32,7 +32,10 @@ _NUMBERS_ALONE = {"do_rescale": False, "do_normalize": False}
 
 
 class Images:
-    """How images become the inputs of models: as the teacher's processor says, for its students too."""
+    """How images become the inputs of models.
+
+    The teacher's processor says so, for its students too.
+    """
 
     def __init__(self, folder: Path) -> None:
         """`folder`: holds the teacher's config and its processor's.
@@ -51,9 +54,9 @@ class Images:
             shapes = [self._checked(side) for side in _SIDES]
         if shapes[0] != shapes[1]:
             raise UsageError(
-                f"{folder}: its image processor leaves images of {_SIDES[0]} and {_SIDES[1]} with the "
-                f"shapes {shapes[0]} and {shapes[1]}, and images that differ cannot share a pass. Give "
-                "it one size, or do_center_crop with a crop_size."
+                f"{folder}: its image processor leaves images of {_SIDES[0]} and {_SIDES[1]} with "
+                f"the shapes {shapes[0]} and {shapes[1]}, and images that differ cannot share a "
+                "pass. Give it one size, or do_center_crop with a crop_size."
             )
         self.shape: tuple[int, ...] = shapes[0]
         """(c, H, W)"""
@@ -76,7 +79,10 @@ class Images:
         return {"pixel_values": torch.from_numpy(np.stack(found))}
 
     def _checked(self, sides: tuple[int, int]) -> tuple[int, ...]:
-        """The shape that is left of an image; refuses a processor whose two parts are not the whole."""
+        """The shape that is left of an image.
+
+        A processor whose two parts are not the whole is refused.
+        """
         mode = "L" if self._channels == 1 else "RGB"
         random = np.random.default_rng(0).integers(0, 256, (*sides, 3), dtype=np.uint8)
         image = Image.fromarray(random).convert(mode)
@@ -84,8 +90,9 @@ class Images:
         (whole,) = self._processor(images=[image], return_tensors="np")["pixel_values"]
         if not np.array_equal(self._numbers(pixels), whole):
             raise UsageError(
-                f"{self._folder}: its image processor ({type(self._processor).__name__}) does more than "
-                "resize, crop, scale and normalise. Use a model with a processor that does no more."
+                f"{self._folder}: its image processor ({type(self._processor).__name__}) does more "
+                "than resize, crop, scale and normalise. Use a model with a processor that does no "
+                "more."
             )
         return pixels.shape
 
@@ -117,8 +124,8 @@ def _pixels(image: bytes | None, shape: tuple[int, ...]) -> np.ndarray:
     found = pixels[None] if pixels.ndim == 2 else np.moveaxis(pixels, -1, 0)
     if found.shape != shape or found.dtype != np.uint8:
         raise IntegrityError(
-            f"a stored image is {found.shape} {found.dtype}, the processor makes {shape} uint8. Run "
-            "`stillroom verify`."
+            f"a stored image is {found.shape} {found.dtype}, the processor makes {shape} uint8. "
+            "Run `stillroom verify`."
         )
     return np.ascontiguousarray(found)
 

@@ -1,4 +1,7 @@
-"""Loading a model in the class of transformers that its task asks for: as it was identified, or as a student."""
+"""Loading a model in the class of transformers that its task asks for.
+
+It is loaded as it was identified, or as a student.
+"""
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -44,7 +47,7 @@ class ModelKind:
     def teacher(
         self, identity: Identity, *, device_map: str | None, **fields: Any
     ) -> tuple[PreTrainedModel, list[str]]:
-        """A model in evaluation mode, in the dtype that it was identified with, and the weights that its folder lacks.
+        """A model in evaluation mode, in its identity's dtype, and the weights its folder lacks.
 
         Args:
             identity: Folder and dtype.
@@ -72,7 +75,10 @@ class ModelKind:
         return _ready(model), sorted(report["missing_keys"])
 
     def _quantization(self, identity: Identity, fields: Mapping[str, Any]) -> dict[str, Any]:
-        """What transformers is told of weights that are quantised while they are loaded; nothing of others."""
+        """What transformers is told of weights that are quantised while they are loaded.
+
+        Of others it is told nothing.
+        """
         if identity.quantize is None:
             return {}
         # It says for each product that int8 casts what is multiplied to float16.
@@ -85,7 +91,9 @@ class ModelKind:
         return {"quantization_config": how}
 
     def _class_heads(self, identity: Identity, fields: Mapping[str, Any]) -> list[str] | None:
-        """Modules on the body of a classifier, which stay in floats; None: transformers finds the output layer.
+        """Modules on the body of a classifier, which stay in floats.
+
+        None: transformers finds the output layer.
 
         It takes a classifier's last layer for one that stays only where it has no bias.
         """
@@ -98,7 +106,9 @@ class ModelKind:
         return [name for name, _ in model.named_children() if name != model.base_model_prefix]
 
     def student(self, folder: Path) -> PreTrainedModel:
-        """A saved or downloaded model, in float32; a body without a head over classes gets a new one.
+        """A saved or downloaded model, in float32.
+
+        A body without a head over classes gets a new one.
 
         Raises:
             UsageError: the folder holds none, or not all of its weights.
@@ -135,7 +145,7 @@ class ModelKind:
         return _ready(model)
 
     def empty(self, config: PreTrainedConfig) -> PreTrainedModel:
-        """A model of this config without memory for its weights: names, shapes and classes alone."""
+        """A model of this config without memory for its weights: names, shapes, classes alone."""
         with torch.device("meta"):
             model: PreTrainedModel = self.auto.from_config(
                 config, dtype=torch.float32, trust_remote_code=False
@@ -143,7 +153,9 @@ class ModelKind:
         return model
 
     def copied(self, config: PreTrainedConfig, weights: Mapping[str, Tensor]) -> PreTrainedModel:
-        """A model of this config with these weights, by the names that files have for them; in float32.
+        """A model of this config with these weights, in float32.
+
+        Weights have the names that files have for them.
 
         Raises:
             UsageError: some of its weights are not there.
@@ -185,7 +197,9 @@ def _ready(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _refuse_floats(model: nn.Module, identity: Identity) -> None:
-    """Refuse a model that is named as quantised and was loaded in floats, as transformers does without a word.
+    """Refuse a model that is named as quantised and was loaded in floats.
+
+    transformers does that without a word.
 
     Some methods are made floats again while they are loaded; then the files hold fewer bits, which
     `refuse_unquantized` has seen.
@@ -194,20 +208,23 @@ def _refuse_floats(model: nn.Module, identity: Identity) -> None:
         return
     if identity.quantize is not None:
         raise UsageError(
-            f"teacher.quantize: {identity.quantize} found nothing in {identity.folder} to quantise: of "
-            f"{type(model).__name__} no weight is in fewer bits. Remove it."
+            f"teacher.quantize: {identity.quantize} found nothing in {identity.folder} to "
+            f"quantise: of {type(model).__name__} no weight is in fewer bits. Remove it."
         )
     files = stored_tensors(identity.folder, where=str(identity.folder))
     if not files:
         raise UsageError(
-            f"{identity.folder}: is named as quantised ({identity.quantized}), and all of its weights are "
-            f"loaded in floats. {REPAIR}"
+            f"{identity.folder}: is named as quantised ({identity.quantized}), and all of its "
+            f"weights are loaded in floats. {REPAIR}"
         )
 
 
 @torch.no_grad()
 def _refuse_idle(model: nn.Module, identity: Identity) -> None:
-    """Refuse layers whose kernel here takes no such size, before each row fails: one layer of each size is run."""
+    """Refuse layers whose kernel here takes no such size, before each row fails.
+
+    One layer of each size is run.
+    """
     layers = {
         (type(layer), layer.in_features, layer.out_features): layer
         for layer in model.modules()
@@ -242,7 +259,10 @@ def adapter_on(model: Any, identity: Identity) -> Iterator[Any]:
 
 
 def with_its_adapter(adapted: Any) -> Any:
-    """The model with its adapter in it: merged; beside weights in fewer bits, which would be rounded again."""
+    """The model with its adapter in it: merged, or beside weights in fewer bits.
+
+    Merging would round those again.
+    """
     base = adapted.get_base_model()
     return base if in_fewer_bits(base) else adapted.merge_and_unload()
 

@@ -1,8 +1,11 @@
-"""Models of the task masked_lm: masked language models, one text a row, and the states that their logits are made of.
+"""Models of the task masked_lm: masked language models, one text a row.
 
-Between such a model's body and its output layer stands a transform (BERT, RoBERTa: dense, activation,
-norm; others others). So the seam is behind it: the states are what the output layer itself is handed,
-and `head.py` makes logits of them as of a causal model's. Nothing is packed and nothing is shifted.
+This module also makes the states that their logits are made of.
+
+Between such a model's body and its output layer stands a transform (BERT, RoBERTa: dense,
+activation, norm; others others). So the seam is behind it: the states are what the output layer
+itself is handed, and `head.py` makes logits of them as of a causal model's. Nothing is packed and
+nothing is shifted.
 
 Letters: B texts, T tokens of the longest, D what the output layer takes, V vocabulary.
 """
@@ -38,8 +41,8 @@ def load_teacher(identity: Identity, *, device_map: str | None = None) -> PreTra
     if missing:
         raise UsageError(
             f"teacher.model: {identity.folder} lacks weights of a masked language model "
-            f"({', '.join(missing[:3])}), which transformers would draw at random. Name a model that was "
-            "trained with its head, and saved whole."
+            f"({', '.join(missing[:3])}), which transformers would draw at random. Name a model "
+            "that was trained with its head, and saved whole."
         )
     check_masked(model)
     return placed(model, device_map)
@@ -55,7 +58,9 @@ def check_masked(model: nn.Module) -> None:
 
 
 def masked_states(model: nn.Module, **inputs: Tensor) -> Tensor:
-    """What the output layer is handed [B, T, D]: the body's states behind the transform; no logits are made.
+    """What the output layer is handed [B, T, D]: the body's states behind the transform.
+
+    No logits are made.
 
     Args:
         model: A masked language model.
@@ -78,7 +83,8 @@ def masked_states(model: nn.Module, **inputs: Tensor) -> Tensor:
         hook.remove()
     if [states.shape[:-1] for states in handed] != [inputs["input_ids"].shape]:
         raise UsageError(
-            f"{type(model).__name__}: its output layer is not handed the states of all tokens. {NOT_SUPPORTED}"
+            f"{type(model).__name__}: its output layer is not handed the states of all tokens. "
+            f"{NOT_SUPPORTED}"
         )
     return handed[0]
 

@@ -1,4 +1,6 @@
-"""Models of the task token_classification: a head over classes at each token, one text a row, logits [B, T, C].
+"""Models of the task token_classification: a head over classes at each token.
+
+A row is one text, logits are [B, T, C].
 
 Texts become inputs as for classification: padded at their end, nothing packed, nothing shifted.
 """

@@ -1,9 +1,12 @@
-"""The divergences that a loss can have: one row each. All who need a fact about a divergence ask here.
+"""The divergences that a loss can have: one row each.
 
-A new one is a row of `DIVERGENCES`, its parameters as fields of `DivergenceSettings`, and the function
-of the same name in `stages/losses/divergences.py`.
+All who need a fact about a divergence ask here.
 
-t is the teacher's distribution over the outcomes that are compared, p the student's, m a mixture of them.
+A new one is a row of `DIVERGENCES`, its parameters as fields of `DivergenceSettings`, and the
+function of the same name in `stages/losses/divergences.py`.
+
+t is the teacher's distribution over the outcomes that are compared, p the student's, m a mixture of
+them.
 """
 
 from collections.abc import Callable
@@ -145,7 +148,10 @@ class DivergenceSettings(Section):
         return {name: getattr(self, name) for name in self.kind.parameters}
 
     def is_finite_without_tail(self) -> bool:
-        """Whether the divergence is finite where the teacher gives nothing to what is outside its entries."""
+        """Whether the divergence is finite without a tail.
+
+        Without one, the teacher gives nothing to what is outside its entries.
+        """
         return self.kind.finite_without_tail(**self.parameters())
 
     def idle(self) -> list[str]:

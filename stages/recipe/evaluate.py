@@ -1,4 +1,7 @@
-"""The section `evaluate`: which rows judge, which answers are asked for, and how they are scored."""
+"""The section `evaluate`.
+
+It says which rows judge, which answers are asked for, and how they are scored.
+"""
 
 import re
 from typing import Literal, Self

@@ -1,8 +1,10 @@
-"""What can be captured of a teacher beside its distribution, and what a loss can match of it: one row each.
+"""What can be captured of a teacher beside its distribution, and what a loss can match of it.
+
+Each has one row.
 
 A new thing to capture is a row of `FEATURES`, and what takes it of a forward pass in
-`stages/targets/features/`. A new match is a row of `MATCHES`, its settings as fields of `FeatureLoss`,
-and the module of the same name in `stages/losses/features/`.
+`stages/targets/features/`. A new match is a row of `MATCHES`, its settings as fields of
+`FeatureLoss`, and the module of the same name in `stages/losses/features/`.
 
 Layer i is the output of block i, the first block being 0: before the final norm, where there is
 one.
@@ -28,9 +30,10 @@ Bits = Literal[8, 16, 32]
 DTYPES: dict[int, str] = {8: "int8", 16: "float16", 32: "float32"}
 """What numbers are stored as (column `dtype` of `features`), by `bits`."""
 Pooling = Literal["cls", "mean", "last"]
-"""How one vector is made of the states of a text's tokens; `stages/targets/features/pooling.py` does it."""
+"""How one vector is made of a text's states, by `stages/targets/features/pooling.py`."""
 RELATIONS_NEED = 128
-"""Numbers of a projected vector, at least, where its relations to others are learnt: cosines are off by 1/sqrt(d)."""
+"""Numbers of a projected vector, at least, where relations are learnt: cosines are off by
+1/sqrt(d)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,8 +114,8 @@ MATCHES = {
         settings=("pooling", "group"),
         needs=("pooled",),
         equation=(
-            "mean over pairs of huber(|s_i - s_j| / mu_s - |t_i - t_j| / mu_t), mu the mean distance, "
-            "+ 2 x mean over triples of huber(cos at s_j - cos at t_j)"
+            "mean over pairs of huber(|s_i - s_j| / mu_s - |t_i - t_j| / mu_t), mu the mean "
+            "distance, + 2 x mean over triples of huber(cos at s_j - cos at t_j)"
         ),
         source="Park et al. 2019 (RKD), arXiv 1904.05068, eq. 3 to 6",
     ),
@@ -160,7 +163,7 @@ class Feature:
     """One thing that is stored of each text: of one layer."""
 
     kind: str
-    """Column `kind`: a row of `FEATURES`, with how it was made of that: `pooled_mean`, `values_256`."""
+    """Column `kind`: a row of `FEATURES` and how it was made of it: `pooled_mean`, `values_256`."""
     layer: int
     bits: int
     """Of a number, at least: what is stored with more serves too."""
@@ -208,8 +211,9 @@ class FeatureRequest(Section):
     """pooled, needed. mean: over all tokens of the text; cls: its first token's state, of encoders;
     last: its last token's."""
     project: int | None = Field(None, ge=1)
-    """values: numbers that a token's are projected to, by a seeded orthonormal matrix that the store
-    keeps; fewer than they have, and 128 at least where relations are learnt. null: as they are."""
+    """values: numbers that a token's are projected to, by a seeded orthonormal matrix that the
+    store keeps; fewer than they have, and 128 at least where relations are learnt. null: as they
+    are."""
 
     @model_validator(mode="after")
     def _layers_and_bits(self) -> Self:
@@ -269,8 +273,8 @@ class FeatureLoss(Section):
     project: int | None = None
     """relations of values: which of the teacher's projected ones; null: those that are whole."""
     pooling: Pooling | None = None
-    """rkd, similarity, infonce, needed: which of the teacher's pooled vectors; the student's states are
-    pooled alike."""
+    """rkd, similarity, infonce, needed: which of the teacher's pooled vectors; the student's states
+    are pooled alike."""
     group: int = Field(32, ge=2)
     """rkd, similarity, infonce: samples that are compared with one another: so many of a step that
     follow each other. Whole groups share a pass. The same in all entries."""
@@ -298,24 +302,25 @@ class FeatureLoss(Section):
             )
         if self.match == "relations" and self.relation_heads is None:
             raise ValueError(
-                "match 'relations' needs `relation_heads`: how many parts the vectors are cut into; "
-                "12 or 48 of 768 numbers, say"
+                "match 'relations' needs `relation_heads`: how many parts the vectors are cut "
+                "into; 12 or 48 of 768 numbers, say"
             )
         if self.project is not None and self.of != [*PROJECTED]:
             raise ValueError(f"`project` is of values alone. Set of: [{', '.join(PROJECTED)}]")
         if self.project is not None and self.relation_heads != 1:
             raise ValueError(
-                f"`project` with relation_heads {self.relation_heads}: projected vectors have no heads, "
-                "and cannot be cut. Set relation_heads: 1"
+                f"`project` with relation_heads {self.relation_heads}: projected vectors have no "
+                "heads, and cannot be cut. Set relation_heads: 1"
             )
         if self.project is not None and self.project < RELATIONS_NEED:
             raise ValueError(
-                f"`project` {self.project}: every cosine is off by about 1/sqrt({self.project}), and "
-                f"relations need {RELATIONS_NEED} numbers at least. Store and name so many"
+                f"`project` {self.project}: every cosine is off by about 1/sqrt({self.project}), "
+                f"and relations need {RELATIONS_NEED} numbers at least. Store and name so many"
             )
         if "pooling" in own and self.pooling is None:
             raise ValueError(
-                f"match {self.match!r} needs `pooling`: 'cls', 'mean' or 'last', as score.features has it"
+                f"match {self.match!r} needs `pooling`: 'cls', 'mean' or 'last', as score.features "
+                "has it"
             )
         return self
 
@@ -343,8 +348,8 @@ class FeatureLoss(Section):
 
         Args:
             stored: Layers of which all that it needs is stored, ascending.
-            student_blocks: How many the student has. `uniform` gives the i-th of n stored layers,
-                i = 1 .. n, the student's block i * student_blocks / n, rounded down, counted from 1.
+            student_blocks: How many the student has. `uniform` gives the i-th of n stored layers
+                the student's block i * student_blocks / n, rounded down, all counted from 1.
         """
         if self.match == EMBEDDINGS:
             return []
@@ -367,7 +372,7 @@ def captured(requests: Iterable[FeatureRequest]) -> list[Feature]:
 
 
 def embedding_bits(requests: Iterable[FeatureRequest]) -> Bits | None:
-    """Of a number of the teacher's embeddings, at least; None: they are not asked for."""
+    """Bits of a number of the teacher's embeddings, at least. None: they are not asked for."""
     asked = (one.bits or FEATURES[EMBEDDINGS].bits for one in requests if one.what == EMBEDDINGS)
     return next(asked, None)
 
@@ -384,7 +389,7 @@ def layers_for(loss: FeatureLoss, requests: Sequence[FeatureRequest]) -> list[in
 
 
 def learnt(losses: Iterable[FeatureLoss], requests: Sequence[FeatureRequest]) -> list[Feature]:
-    """Of what is stored, what some losses compare with, ascending."""
+    """The stored features that some losses compare with, ascending."""
     named = {(one.kind, one.layer): one for one in captured(requests)}
     found: set[Feature] = set()
     for loss in losses:

@@ -135,8 +135,8 @@ def _pairs_in_words(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
         named = value if isinstance(value, list) else [value]
         example = ", ".join(f"{block}: {n}" for n, block in enumerate(named) if type(block) is int)
         raise ValueError(
-            f"must be {{teacher's block: student's block}}, as {{{example or '11: 5'}}}, or uniform, "
-            f"or last (got {value!r})"
+            f"must be {{teacher's block: student's block}}, as {{{example or '11: 5'}}}, or "
+            f"uniform, or last (got {value!r})"
         ) from None
 
 

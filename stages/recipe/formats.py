@@ -1,4 +1,7 @@
-"""The formats of records. To add one: a row here, and what its records become in `stages/data/formats.py`."""
+"""The formats of records.
+
+To add one, write a row here, and what its records become in `stages/data/formats.py`.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

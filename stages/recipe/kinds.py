@@ -1,7 +1,9 @@
-"""The kinds of soft targets that a recipe can ask for: one row each. All who need a fact about a kind ask here.
+"""The kinds of soft targets that a recipe can ask for: one row each.
 
-A new one is a row here, one in `storage/tables/kinds.py` (what its rows consist of), and, where it does
-not keep all k best entries, a function in `stages/targets/best_entries.py`.
+All who need a fact about a kind ask here.
+
+A new one is a row here, one in `storage/tables/kinds.py` (what its rows consist of), and, where it
+does not keep all k best entries, a function in `stages/targets/best_entries.py`.
 """
 
 from collections.abc import Mapping
@@ -35,7 +37,7 @@ class TargetKind:
     served_by: tuple[str, ...] = ()
     """Other kinds whose stored rows serve too, where they are whole or have k entries or more."""
     covers: Mapping[str, Literal[">=", "<=", "="]] = field(default_factory=dict)
-    """How a column of a stored row of this kind must compare with what is asked for, to serve it."""
+    """How a column of a stored row of this kind must compare with what is asked for, for reuse."""
     bytes_per_entry: float
     """About what an entry takes on disk at 10 mantissa bits, compressed."""
     bytes_per_token: float
@@ -143,7 +145,10 @@ class Score(Section):
         return None if self.engine == "auto" else self.engine
 
     def engine_for(self, teacher_weights: str) -> str | None:
-        """The one engine whose rows are wanted; None: any. Entropies that weigh teachers must be no bounds."""
+        """The one engine whose rows are wanted, or None for any.
+
+        Entropies that weigh teachers must be no bounds.
+        """
         exact = teacher_weights == "entropy" and self.structure.has_tail
         return HF if exact else self.named_engine
 

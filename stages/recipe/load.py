@@ -1,4 +1,7 @@
-"""Loading a recipe: YAML and `--set` in, a checked `Recipe` out; every mistake with its file, line and dotted path."""
+"""Loading a recipe: YAML and `--set` in, a checked `Recipe` out.
+
+Every mistake is told with its file, line and dotted path.
+"""
 
 import difflib
 import json
@@ -96,8 +99,8 @@ def _read(path: Path) -> str:
         ) from error
     except OSError as error:
         raise UsageError(
-            f"{path}: no recipe to read there ({error.strerror}). `stillroom init {path.name}` writes "
-            "one."
+            f"{path}: no recipe to read there ({error.strerror}). `stillroom init {path.name}` "
+            "writes one."
         ) from error
 
 

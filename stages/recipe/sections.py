@@ -63,8 +63,8 @@ class Teacher(Section):
     """Run the code that the model's folder brings along (auto_map), with all that you may do here.
     Its files are then part of the teacher's identity. No other model's code is ever run."""
     quantize: Literal["nf4", "int8"] | None = None
-    """Quantise its float weights while they are loaded, by bitsandbytes, to 4 or 8 bits; `dtype` is then
-    what all else is held and computed in. Another teacher than the float one. null: as it is stored."""
+    """Quantise its float weights while they are loaded, by bitsandbytes, to 4 or 8 bits; `dtype` is
+    then that of all else. That is another teacher than the float one. null: as it is stored."""
     device_map: str | None = None
     """`auto` spreads a teacher that is larger than one GPU over all of them."""
 
@@ -81,7 +81,7 @@ class OneTeacher(Teacher):
     where: str | None = None
     """SQL condition over the columns of `prompts`: it scores their texts alone. null: all."""
     budget_tokens: int | None = Field(None, ge=1)
-    """Scored tokens to train on that it is asked for at most (one text at least), in the order of the hashes."""
+    """Scored tokens to train on, at most, that it is asked for (one text at least), by hash."""
     license: str | None = None
     """Its licence, for report and card; it decides nothing."""
 
@@ -134,10 +134,10 @@ class Student(Section):
     lora: Lora | None = None
     """Train an adapter in place of the weights."""
     factory: str | None = Field(None, pattern=r"^[^:]+:[A-Za-z_]\w*$")
-    """Fresh weights of a module that `file.py:function` or `module:function` makes; of tasks that classify
-    whole texts or images. Its code is run where the command says --allow-code."""
+    """Fresh weights of a module that `file.py:function` or `module:function` makes; of tasks that
+    classify whole texts or images. Its code is run where the command says --allow-code."""
     args: Options | None = None
-    """Keyword arguments of `factory`, besides what it is told of the task; files by their names from its folder."""
+    """Keywords for `factory`, besides what it is told of the task; files from its folder."""
 
     @field_validator("config")
     @classmethod
@@ -207,8 +207,8 @@ class Data(Section):
     """What becomes of a longer row. cut: its end is left out, but for what the tokenizer puts
     there; of a pair the longer text's."""
     masks: Literal["bert", "all"] = "bert"
-    """masked_lm: what stands where a token is hidden, of 15 in 100. bert: the mask token at 8 of 10,
-    another token at 1, the token itself at 1. all: the mask token."""
+    """masked_lm: what stands where a token is hidden, of 15 in 100. bert: the mask token at 8 of
+    10, another token at 1, the token itself at 1. all: the mask token."""
     limit: int | None = Field(None, ge=1)
     """Use the first records only."""
     holdout: int = Field(200, ge=0)
@@ -245,11 +245,11 @@ class Loss(DivergenceSettings):
     unstored_temperature: Literal["refuse", "approximate"] = "refuse"
     """approximate: where a temperature was not stored, the tail counts as one id."""
     tail: Tail = "bucket"
-    """What becomes of the teacher's mass outside the entries; sampled and full targets have none."""
+    """What becomes of the teacher's mass outside the entries; sampled, full targets have none."""
     soft_weight: Scheduled = 1.0
     """Weight of the divergence, used as given; a number or a schedule."""
     hard_weight: Scheduled = 0.1
-    """Weight of the cross-entropy, used as given; without `score` the loss is cross-entropy alone."""
+    """Weight of the cross-entropy, as given; without `score` the loss is cross-entropy alone."""
     features: list[FeatureLoss] = Field([])
     """What the student matches of the features that `score` stores."""
     teachers: Literal["sum", "mixture"] = "sum"
@@ -292,7 +292,7 @@ class Train(Section):
     tokens_per_step: int = Field(8192, ge=1)
     """Positions per optimizer step."""
     tokens_per_pass: int = Field(8192, ge=1)
-    """Positions per forward pass; a step takes as many passes as it needs (gradient accumulation)."""
+    """Positions per forward pass; a step takes as many passes as needed (gradient accumulation)."""
     row_tokens: int | None = Field(None, ge=8)
     """Most positions of a packed row. null: a pass is a single row without padding where the
     student can attend within samples (most can), else rows of about the longest sample of a step,
@@ -341,7 +341,7 @@ class Train(Section):
 
 
 def _one_or_several(schema: dict[str, Any]) -> None:
-    """For editors: a recipe has `teacher` or `teachers`."""
+    """Tell editors that a recipe has `teacher` or `teachers`."""
     schema["required"].remove("teacher")
     schema["anyOf"] = [{"required": [name]} for name in ("teacher", "teachers")]
 
@@ -358,7 +358,7 @@ class Recipe(Section):
     teachers: list[OneTeacher] = Field([])
     """In place of `teacher`: several, each scored under its own identity."""
     student: Student | None = None
-    """Without it and `train` a recipe is stage one alone: prompts, text and targets, to be exported."""
+    """Without it and `train` a recipe is stage one alone: prompts, text and targets to export."""
     data: Data
     generate: Generate | None = None
     select: Select = Select()
@@ -386,7 +386,7 @@ class Recipe(Section):
 
     @property
     def several(self) -> list[OneTeacher]:
-        """The teachers, unless there is one that scores everything at weight 1: it is as `teacher`."""
+        """The teachers, unless there is one that scores all at weight 1: that is as `teacher`."""
         one = len(self.teachers) == 1 and self.teachers[0].is_plain
         return [] if one else self.teachers
 

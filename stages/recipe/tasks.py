@@ -1,4 +1,6 @@
-"""The tasks: what models can be distilled to do, and what follows from it wherever a stage, the plan or a card asks.
+"""The tasks: what models can be distilled to do.
+
+What follows from a task is asked here by every stage, the plan and the cards.
 
 What needs torch is in one module per room that bears the task's name: `models/classification.py`,
 `score/classification.py`, `loader/classification.py`, `evaluate/classification.py`. So a new task
@@ -95,12 +97,15 @@ class Task:
 
     @property
     def labelled(self) -> bool:
-        """Whether targets are over classes, with a gold label or none each. Else tokens are predicted."""
+        """Whether targets are over classes, with a gold label or none each.
+
+        Else tokens are predicted.
+        """
         return self.structure.classes
 
 
-# Settings of text that is continued; one that is classified, or of which tokens are hidden, is read as
-# a whole, in a row of its own.
+# Settings of text that is continued. A text that is classified, or of which tokens are hidden, is
+# read as a whole, in a row of its own.
 _OF_CONTINUED_TEXT = (
     "generate",
     "evaluate.generate",
@@ -123,7 +128,8 @@ _OF_TEXT_MODELS = {
 def _not_of(task: str) -> dict[str, str]:
     """What a task that reads its texts whole has no use for."""
     return dict.fromkeys(_OF_CONTINUED_TEXT, f"has no meaning for {task}. Remove it") | {
-        "teacher.trust_remote_code": "only a causal model's code is ever run. Use a model whose class transformers has",
+        "teacher.trust_remote_code": "only a causal model's code is ever run. Use a model whose "
+        "class transformers has",
     }
 
 
@@ -160,7 +166,8 @@ TASKS: dict[str, Task] = {
         text_alone=False,
         refused=_not_of("masked_lm")
         | {
-            "teacher.adapter": "no stage adds adapters to a masked language model yet. Merge it, and name the result",
+            "teacher.adapter": "no stage adds adapters to a masked language model yet. Merge it, "
+            "and name the result",
             "student.lora": "no stage trains adapters of a masked language model yet. Remove it",
             "score.features": "no stage captures features of masked texts yet. Leave them out",
         },
@@ -185,10 +192,16 @@ else:
 
 
 def task_of(head: str) -> str:
-    """The first task whose models have this head: how they are loaded and read is the same in all."""
+    """The first task whose models have this head.
+
+    How they are loaded and read is the same in all of them.
+    """
     return next(name for name, task in TASKS.items() if task.head == head)
 
 
 def module_of(task: str, room: str) -> Any:
-    """The module of a task in a room, which is a package: `module_of(recipe.run.task, __package__)`."""
+    """The module of a task in a room, which is a package.
+
+    It is called as `module_of(recipe.run.task, __package__)`.
+    """
     return import_module(f"{room}.{task}")

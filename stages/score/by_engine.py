@@ -1,4 +1,7 @@
-"""Soft targets of text that an engine reads: what it says of each position, made into what is kept."""
+"""Soft targets of text that an engine reads.
+
+What it says of each position is made into what is kept.
+"""
 
 from collections.abc import Callable, Iterable
 
@@ -42,7 +45,10 @@ class Teacher:
         self._reader = open_reader(VLLM, identity, given, longest=longest, clock=job.clock)
 
     def begin(self, batch: Batch) -> Callable[[], list[Read]]:
-        """The best entries where these are all that is kept; every id where draws, temperatures or all are."""
+        """Begin to ask for the best entries, where these are all that is kept.
+
+        Every id is asked for where draws, temperatures or all are kept.
+        """
         kept = batch[0].kept
         every = _needs_every(kept, self._vocab_size)
         rows: list[_EveryId | _BestEntries] = [
@@ -63,7 +69,10 @@ class Teacher:
 
 
 def _needs_every(kept: Kept, vocab_size: int) -> bool:
-    """Of half of all ids or more, the others are not spared either: so their tail is exact."""
+    """Whether every id is asked for.
+
+    From half of all ids on, the others are not spared either: so their tail is exact.
+    """
     some = kept.structure.has_tail and not kept.temperatures
     return not some or 2 * kept.k >= vocab_size
 
@@ -88,12 +97,15 @@ class _EveryId:
         self._done = here.stop
 
     def targets(self) -> Bounded:
-        """Of all positions."""
+        """The targets of all positions."""
         return Bounded(self._collected.targets(), None)
 
 
 class _BestEntries:
-    """A row of which the best entries are said, all positions at once: its tails are within bounds."""
+    """A row of which the best entries are said, all positions at once.
+
+    So its tails are within bounds.
+    """
 
     def __init__(self, request: TargetRequest, vocab_size: int) -> None:
         self._request, self._vocab_size = request, vocab_size
@@ -105,5 +117,5 @@ class _BestEntries:
         self._found = bounded_targets(best, self._request.kept, self._vocab_size)
 
     def targets(self) -> Bounded:
-        """Of all positions."""
+        """The targets of all positions."""
         return self._found

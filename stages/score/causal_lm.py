@@ -1,4 +1,7 @@
-"""Soft targets of text that is continued: the teacher's distribution at each position that predicts a scored token."""
+"""Soft targets of text that is continued.
+
+They are the teacher's distribution at each position that predicts a scored token.
+"""
 
 from collections.abc import Callable
 

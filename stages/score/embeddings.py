@@ -18,7 +18,9 @@ _ROWS = 4096
 
 
 def keep_embeddings(store: Store, model: Any, *, teacher_id: str, bits: int) -> None:
-    """Put the embeddings of a teacher into the store, unless they are there, with how far rounding misses.
+    """Put the embeddings of a teacher into the store, unless they are there.
+
+    How far rounding misses is stored beside them.
 
     Raises:
         UsageError: the model shows no such matrix, or float16 does not hold a number of it.

@@ -1,4 +1,7 @@
-"""Soft targets of masked texts: the teacher's distribution over the vocabulary at each token that is hidden."""
+"""Soft targets of masked texts.
+
+They are the teacher's distribution over the vocabulary at each token that is hidden.
+"""
 
 from collections.abc import Callable
 

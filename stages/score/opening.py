@@ -1,4 +1,7 @@
-"""What runs the teacher, and opening it: transformers, or an engine that says what follows in texts."""
+"""What runs the teacher, and opening it.
+
+It is transformers, or an engine that says what follows in texts.
+"""
 
 from ...storage.errors import NotLoaded, UsageError
 from ...storage.store.bindings import bind_engine, bound_engine
@@ -12,7 +15,9 @@ from .scorer import Opened
 
 
 def open_teacher(job: Job, identity: Identity, store: Store, *, longest: int) -> Opened:
-    """The teacher in the engine that the recipe names, else in the one that the first worker decided on.
+    """The teacher in the engine that the recipe names.
+
+    Where it names none, that is the one that the first worker decided on.
 
     That is transformers where it loads the teacher and the device holds it, else vLLM.
 
@@ -49,8 +54,8 @@ def _decided(job: Job, identity: Identity, store: Store) -> str | None:
     decided = bound_engine(store.files, identity.id)
     if decided not in (None, HF, VLLM):
         raise UsageError(
-            f"score.engine: the store's first worker decided on {decided!r}, which this version does not "
-            f"have. Name {HF!r} or {VLLM!r}."
+            f"score.engine: the store's first worker decided on {decided!r}, which this version "
+            f"does not have. Name {HF!r} or {VLLM!r}."
         )
     return decided
 

@@ -73,7 +73,10 @@ class Neighbours(Protocol):
 
 
 class Teacher(Protocol):
-    """A task's teacher, ready to be asked; the class of this name in the module that bears the task's name."""
+    """A task's teacher, ready to be asked.
+
+    It is the class of this name in the module that bears the task's name.
+    """
 
     device: "torch.device"
     model: Any
@@ -126,7 +129,10 @@ class Scorer:
         return most if self._on_gpu or self._opened.named else 1
 
     def keep_matrices(self, store: Store) -> None:
-        """Put into the store what rows or losses are read with, where the recipe asks for it and it has none."""
+        """Put into the store what rows or losses are read with.
+
+        It is done where the recipe asks for it and the store has none.
+        """
         from .projections import keep_projections
 
         asked = captured(self._job.score.features)
@@ -136,7 +142,9 @@ class Scorer:
             keep_embeddings(store, self._teacher.model, teacher_id=self._teacher_id, bits=bits)
 
     def score(self, batch: Batch) -> None:
-        """Score a batch, apart from what others have scored meanwhile and what the teacher cannot read.
+        """Score a batch, apart from what others have scored and what the teacher cannot read.
+
+        Others may have scored rows of it meanwhile.
 
         On a GPU its rows are handed over by the next call, or by `collect`.
         """
@@ -192,7 +200,10 @@ class Scorer:
             self.collect()
 
     def _tried(self, batch: Batch, work: Callable[[], T]) -> T | RowError:
-        """What work on a batch gives, or how it failed: returned, so that the tensors of a failed pass are free."""
+        """What work on a batch gives, or how it failed.
+
+        The failure is returned, so that the tensors of a failed pass are free.
+        """
         import torch
 
         try:
@@ -310,7 +321,7 @@ def row_keys(job: Job, request: TargetRequest, *, engine: str = HF) -> RowKeys:
 
 
 def target_seed(job: Job, request: TargetRequest) -> int:
-    """Of the draws of a request, where its kind has some: that of the row that it becomes."""
+    """The seed of the draws of a request, where its kind has some: that of the row it becomes."""
     return row_seed(_target_row_key(job, request)) if request.kept.structure.drawn else 0
 
 

@@ -1,4 +1,4 @@
-"""The one shift of the project: the hidden state at position t predicts the token at position t + 1.
+"""The one shift of the project: the state at position t predicts the token at position t + 1.
 
 By hand, a conversation of nine tokens with two turns of the assistant, so two scored spans: 2
 tokens from index 2 on, 3 from index 6 on:
@@ -32,8 +32,8 @@ So has a text of which tokens are hidden (`masks.py`). By hand, one token of eig
 
     spans [[3, 1]]: position 3
 
-Which of the two a row has is its head's to say (`storage/tables/heads.py`). Works on numpy arrays and
-torch tensors alike.
+Which of the two a row has is its head's to say (`storage/tables/heads.py`). This works on numpy
+arrays and torch tensors alike.
 """
 
 from itertools import accumulate, pairwise
@@ -68,12 +68,12 @@ def predicting_positions(spans: np.ndarray) -> np.ndarray:
 
 
 def target_positions(spans: np.ndarray, head: Head) -> np.ndarray:
-    """[N] int64 positions at which a model with this head says the targets of the scored tokens, ascending."""
+    """[N] int64 positions, ascending, at which a model with this head says the targets."""
     return predicting_positions(spans) if head.shifted else positions(spans)
 
 
 def spans_at(indices: np.ndarray) -> np.ndarray:
-    """[S, 2] the fewest spans that hold these tokens, which ascend: of 1, 2 and 4 [[1, 2], [4, 1]]."""
+    """[S, 2] the fewest spans that hold these tokens, ascending: of 1, 2 and 4 [[1, 2], [4, 1]]."""
     first = np.flatnonzero(np.diff(indices, prepend=indices[0] - 2) > 1)
     tokens = np.diff(first, append=len(indices))
     spans: np.ndarray = np.stack([indices[first], tokens], axis=1, dtype=np.int64)

@@ -15,7 +15,10 @@ from ..models.inputs.reads import check_ids
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class TargetBatch:
-    """What N predicting positions are asked for: hard targets, and maybe soft ones, as log-probabilities or sampled."""
+    """What N predicting positions are asked for: hard targets, and maybe soft ones.
+
+    Soft ones are log-probabilities, or sampled.
+    """
 
     labels: Tensor
     """[N] int64 hard targets: the tokens that are there."""
@@ -90,7 +93,9 @@ class MoreTargets:
 
 
 def fit_vocabulary(targets: TargetBatch, student_vocab: int) -> TargetBatch:
-    """Targets in terms of the student's vocabulary: a teacher whose embedding is padded further has ids beyond it.
+    """Targets in terms of the student's vocabulary.
+
+    A teacher whose embedding is padded further has ids beyond it.
 
     Entries with such ids become no entries and their mass joins the tail. Where the entries that
     remain are the student's whole vocabulary it has no id left for a tail: there the teacher is

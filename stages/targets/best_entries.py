@@ -1,8 +1,10 @@
-"""How many of the best entries a kind keeps at each position, by the kind's name; a kind that is not here keeps k.
+"""How many of the best entries a kind keeps at each position, by the kind's name.
 
-Each function takes `mass` [n, K], the mass that the best 1, 2, ... K entries hold together, an array
-or a tensor of float64, and returns [n] numbers from 1 to K. It makes targets from logits, cuts stored
-targets that have more, and measures what is kept: so it asks for nothing but `mass`.
+A kind that is not here keeps k.
+
+Each function takes `mass` [n, K], the mass that the best 1, 2, ... K entries hold together, an
+array or a tensor of float64, and returns [n] numbers from 1 to K. It makes targets from logits,
+cuts stored targets that have more, and measures what is kept: so it asks for nothing but `mass`.
 """
 
 from collections.abc import Callable

@@ -1,12 +1,16 @@
-"""How far apart two stored distributions over the same outcomes are: a divergence, or a lower bound of it.
+"""How far apart two stored distributions over the same outcomes are.
 
-Each side says the probability of its entries, and of all others together. Where both are full the KL is
-exact. Else both are compared over the ids that both have as entries, with all other ids as one outcome:
+The answer is a divergence, or a lower bound of it.
+
+Each side says the probability of its entries, and of all others together. Where both are full the
+KL is exact. Else both are compared over the ids that both have as entries, with all other ids as
+one outcome:
 
     sum_i p_i log(p_i / q_i) + r_p log(r_p / r_q),    i in both,  r = 1 - sum_i
 
-Joining outcomes never makes a KL larger (log sum inequality; Cover and Thomas, Elements of Information
-Theory, theorem 2.7.1), so this is a lower bound. numpy alone, for reports.
+Joining outcomes never makes a KL larger (log sum inequality; Cover and Thomas, Elements of
+Information Theory, theorem 2.7.1), so this is a lower bound.
+This module needs numpy alone, for reports.
 
 Letters: N positions, K entries of a side, M entries that both sides have.
 """

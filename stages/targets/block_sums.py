@@ -1,4 +1,7 @@
-"""Sums over blocks of ids, from which soft targets are made: largest logit, sum of exp, the entropy's part."""
+"""Sums over blocks of ids, from which soft targets are made.
+
+They are the largest logit, the sum of exp, and the entropy's part.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,7 +30,10 @@ class BlockSums:
 
 
 def block_sums(logits: Tensor, temperatures: Sequence[float]) -> BlockSums:
-    """Sums over the blocks of [n, V] logits at 1 and at m other temperatures, rows by the cacheful."""
+    """Sums over the blocks of [n, V] logits at 1 and at m other temperatures.
+
+    Rows are taken by the cacheful.
+    """
     rows = len(logits) if logits.is_cuda else max(1, CACHE_BYTES // (4 * logits.shape[1]))
     parts = [_sums_of(part, temperatures) for part in logits.split(rows)]
     maxima, sums, weighted = (torch.cat(found) for found in zip(*parts, strict=True))

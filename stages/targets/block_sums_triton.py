@@ -1,4 +1,6 @@
-"""`block_sums` of `entries_and_tail.py` as a Triton kernel, for logits on a GPU; same function, same meaning.
+"""`block_sums` of `entries_and_tail.py` as a Triton kernel, for logits on a GPU.
+
+It is the same function with the same meaning.
 
 One program takes `BLOCKS` blocks of one row and reads them once, as they are, bfloat16 or float32.
 Per token that is 2 V bytes in bfloat16, and 12 + 4 m written for each of C = V / 128 blocks, 5 %

@@ -1,18 +1,23 @@
-"""Soft targets of the best entries alone, where nobody says what the other ids have: what is outside is bounded.
+"""Soft targets of the best entries alone, where nobody says what the other ids have.
 
-With p_i the probabilities of the K best of V ids, S their sum in float64 and e how far off S may be:
+What is outside is bounded. With p_i the probabilities of the K best of V ids, S their sum in
+float64 and e how far off S may be:
 
     tail_logprob    log(1 - S). Where e may hide all of that, the log of e
-    tail_bound      nats that tail_logprob may be off by. The tail is between 1 - S - e and 1 - S + e, and no less than
-                    the token that is there, where that is no entry; infinity where it may be nothing
-    entropy         -sum_i p_i log p_i - m log c: m the least that the tail can be, and none outside has more than c,
-                    the least entry or the tail; so this is the least that it can be
-    e               sum_i p_i (2^-24 (sqrt(V) + 4 (1 + |log p_i|)) + r): float32 rounds log p_i, and each of the V terms
-                    of the sum that it is normalised by; r is what it was rounded by besides. S - 1 if that is more
+    tail_bound      nats that tail_logprob may be off by. The tail is between 1 - S - e and
+                    1 - S + e, and no less than the token that is there, where that is no
+                    entry; infinity where it may be nothing
+    entropy         -sum_i p_i log p_i - m log c: m the least that the tail can be, and none
+                    outside has more than c, the least entry or the tail; so this is the least
+                    that it can be
+    e               sum_i p_i (2^-24 (sqrt(V) + 4 (1 + |log p_i|)) + r): float32 rounds log p_i,
+                    and each of the V terms of the sum that it is normalised by; r is what it
+                    was rounded by besides. S - 1 if that is more
 
 Not all of the best may be entries, where nobody can tell which id one of them is: c is then the greatest of those.
 
-The token that is there has its log-probability whether it is an entry or not. Nothing here imports torch.
+The token that is there has its log-probability whether it is an entry or not. Nothing here imports
+torch.
 """
 
 from dataclasses import dataclass
@@ -66,7 +71,8 @@ def bounded_targets(best: Best, kept: Kept, vocab_size: int) -> Bounded:
     there = np.arange(most) < each[:, None]
     if not np.isfinite(best.logprobs[there]).all():
         raise FloatingPointError(
-            "an entry has no probability: the teacher's numbers are broken, or of a part of its vocabulary"
+            "an entry has no probability: the teacher's numbers are broken, or of a part of its "
+            "vocabulary"
         )
     logprobs = np.where(there, best.logprobs, 0.0).astype(np.float64)
     probs = np.where(there, np.exp(logprobs), 0.0)

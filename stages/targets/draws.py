@@ -24,7 +24,9 @@ class Span:
 
 
 def drawn_columns(logprobs: Tensor, points: Tensor, kept: Kept) -> Columns:
-    """Ids drawn from the teacher, and how often: an estimate of its distribution whose mean is that distribution.
+    """Ids drawn from the teacher, and how often.
+
+    They are an estimate of its distribution whose mean is that distribution.
 
     With p the teacher at the one temperature, softmax(z / T), and c_i how often id i was drawn in R
     rounds from q, q proportional to p to the power `proposal`:
@@ -32,10 +34,10 @@ def drawn_columns(logprobs: Tensor, points: Tensor, kept: Kept) -> Columns:
         counts c_i          E[c_i / R] = p_i        proposal 1: c_i / R is the target
         weights w_i         w_i = c_i / R * p_i / q_i, E[w_i] = p_i, else
 
-    `multinomial` draws R independent points of [0, 1) and takes the ids whose share of the cumulative q they hit.
-    `systematic` takes R equidistant points from one random offset: same mean, c_i is R q_i rounded up or down.
-    Anshumann et al. 2025 (Random Sampling KD), arXiv 2503.16870; Kitagawa 1996 for systematic
-    resampling.
+    `multinomial` draws R independent points of [0, 1) and takes the ids whose share of the
+    cumulative q they hit. `systematic` takes R equidistant points from one random offset: same
+    mean, c_i is R q_i rounded up or down. Anshumann et al. 2025 (Random Sampling KD), arXiv
+    2503.16870; Kitagawa 1996 for systematic resampling.
 
     Args:
         logprobs: [n, V] at temperature 1.
@@ -67,7 +69,10 @@ def drawn_columns(logprobs: Tensor, points: Tensor, kept: Kept) -> Columns:
 
 
 def points_of(kept: Kept, spans: Iterable[Span]) -> Tensor | None:
-    """sampled: [N, R] points in [0, 1); a row has a counter-based generator, a position's follow the other's."""
+    """sampled: [N, R] points in [0, 1). A row has a counter-based generator.
+
+    The points of a position follow those of the one before.
+    """
     if not kept.structure.drawn:
         return None
     found = []

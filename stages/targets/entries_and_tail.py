@@ -54,7 +54,10 @@ class Arriving:
     event: torch.cuda.Event | None
 
     def rows(self) -> list[SoftTargets]:
-        """One for each span, V ids at most; where positions differ in entries, K is the number of the widest."""
+        """One for each span, V ids at most.
+
+        Where positions differ in entries, K is the number of the widest.
+        """
         if self.event is not None:
             self.event.synchronize()
         ends = list(accumulate(span.positions for span in self.spans))
@@ -72,7 +75,9 @@ class Reducer:
     """Makes soft targets with one head."""
 
     def __init__(self, head: Head, *, kernel: Kernel | None = None) -> None:
-        """`kernel`: who makes the block sums; None: Triton on an NVIDIA GPU that has it, else torch.
+        """`kernel` says who makes the block sums.
+
+        None: Triton on an NVIDIA GPU that has it, else torch.
 
         Raises:
             UsageError: Triton is asked for and cannot run here.
@@ -85,10 +90,11 @@ class Reducer:
     ) -> Arriving:
         """The distribution of the next token at each position, as far as it is kept.
 
-        `topk`: the K best. `topp`: the fewest best whose mass is at least p, within `k_min` and `k`. Both with the mass
-        outside the entries, a logsumexp over what is not kept (1 - sum of the kept would cancel),
-        and for each temperature T the logsumexp of log p / T over the same ids. `full`: all V in id
-        order. `sampled`: `draws.py`. On a GPU this returns before it is done.
+        `topk`: the K best. `topp`: the fewest best whose mass is at least p, within `k_min` and
+        `k`. Both with the mass outside the entries, a logsumexp over what is not kept (1 - sum of
+        the kept would cancel), and for each temperature T the logsumexp of log p / T over the same
+        ids. `full`: all V in id order. `sampled`: `draws.py`. On a GPU this returns before it is
+        done.
 
         Args:
             hidden: [N, D] states at the predicting positions, after the final norm.
@@ -134,7 +140,10 @@ def moved(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def targets_of(logprobs: Tensor, next_ids: Tensor, *, kept: Kept, seed: int = 0) -> SoftTargets:
-    """`Reducer.launch` of one row's distributions that are there already: log-probabilities [N, V], overwritten."""
+    """`Reducer.launch` of one row's distributions that are there already.
+
+    They are log-probabilities [N, V], which are overwritten.
+    """
     points = points_of(kept, [Span(len(logprobs), seed)])
     columns = _reduced(logprobs, next_ids, kept=kept, points=points)
     return _targets({name: values.cpu().numpy() for name, values in columns.items()}, kept)
@@ -243,7 +252,9 @@ def _best(
 
 
 def _candidates(logits: Tensor, maxima: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """Logits [n, w] among which the `most` best are, whole blocks after one another; [n, w / BLOCK] where each begins.
+    """Logits [n, w] among which the `most` best are, and [n, w / BLOCK] where each block begins.
+
+    They are whole blocks, one after another.
 
     A last block that is shorter is always among them, at the end: nothing is padded, so no id is
     made up.

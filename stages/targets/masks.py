@@ -1,8 +1,8 @@
 """Masks: which tokens of a text are hidden from who reads it, and what stands in their place.
 
-A pure function of the text's token ids, by the name of the text: it depends on no batch, no order and no
-other text, and teacher and student read the same. Of n tokens that are not special max(1, round(0.15 n))
-are hidden. Where one is, stands (Devlin et al. 2019, arXiv 1810.04805, section 3.1)
+A pure function of the text's token ids, by the name of the text: it depends on no batch, no order
+and no other text, and teacher and student read the same. Of n tokens that are not special max(1,
+round(0.15 n)) are hidden. Where one is, stands (Devlin et al. 2019, arXiv 1810.04805, section 3.1)
 
     bert    the mask token with a chance of 0.8, another token with 0.1, the token itself with 0.1
     all     the mask token
@@ -68,9 +68,9 @@ class Masks:
             tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         if tokenizer.mask_token_id is None:
             raise UsageError(
-                f"teacher.model: the tokenizer of {name} ({type(tokenizer).__name__}) has no mask token, "
-                "so nothing can be hidden from this model. Use a masked language model with its own "
-                "tokenizer."
+                f"teacher.model: the tokenizer of {name} ({type(tokenizer).__name__}) has no mask "
+                "token, so nothing can be hidden from this model. Use a masked language model with "
+                "its own tokenizer."
             )
         special = np.unique(tokenizer.all_special_ids)
         known = np.unique(list(tokenizer.get_vocab().values()))
@@ -126,7 +126,7 @@ def put_back(row: Mapping[str, Any]) -> np.ndarray:
 
 
 def _uniform(key: bytes, n: int) -> np.ndarray:
-    """[3, n] float64 in [0, 1) that only the key decides, whatever library draws random numbers how."""
+    """[3, n] float64 in [0, 1) that the key alone decides, no library of random numbers."""
     digest = hashlib.shake_256(key).digest(3 * 8 * n)
     # 53 bits: as many as a float64 has.
     return (np.frombuffer(digest, ">u8") >> np.uint64(11)).reshape(3, n) / 2.0**53

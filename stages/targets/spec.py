@@ -1,4 +1,6 @@
-"""What is kept of the teacher's distribution at a position: what the recipe wants, what held-out rows are judged on.
+"""What is kept of the teacher's distribution at a position.
+
+It says what the recipe wants, and what held-out rows are judged on.
 
 Nothing here imports torch: the plan asks too.
 """
@@ -20,7 +22,10 @@ _NAMES = ("kind", "k", "p", "k_min", "draw", "proposal")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Kept:
-    """Settings of soft targets; all but `temperatures` are named and stored as the columns of `soft_targets` are."""
+    """Settings of soft targets.
+
+    All but `temperatures` are named and stored as the columns of `soft_targets` are.
+    """
 
     kind: str
     """A row of `KINDS`: `topk`, `topp`, `sampled`, `full` ..."""
@@ -77,7 +82,10 @@ def wanted(score: Score, vocab_size: int) -> Kept:
 
 
 def reference(score: Score, vocab_size: int) -> Kept:
-    """What held-out rows are judged on, whatever the recipe keeps of the others: at the same temperatures."""
+    """What held-out rows are judged on, whatever the recipe keeps of the others.
+
+    It has the same temperatures.
+    """
     if vocab_size <= FULL_VOCABULARY:
         return Kept(kind="full", k=vocab_size)
     return Kept(kind="topk", k=REFERENCE_K, temperatures=tempered(score))
@@ -89,7 +97,10 @@ def tempered(score: Score) -> tuple[float, ...]:
 
 
 def kept_while_writing(generate: Generate, vocab_size: int) -> Kept | None:
-    """What `generate.keep` keeps of the distribution that each token is drawn from; None: nothing."""
+    """What `generate.keep` keeps of the distribution that each token is drawn from.
+
+    None: nothing is kept.
+    """
     if generate.keep is None:
         return None
     return Kept(kind="topk", k=min(generate.keep.k, vocab_size))

@@ -1,10 +1,11 @@
-"""What the loss takes of a sample's stored targets: the entries that the recipe asks for, at its temperature.
+"""What the loss takes of a sample's stored targets: the recipe's entries, at its temperature.
 
 A store holds what any recipe asked for, so a row may have more entries than this one wants, and
 several temperatures. With p the stored distribution at temperature 1 (entries i and a tail), the
 one at temperature T is
 
-    p_i^(1/T) / Z      Z = sum over all ids of p^(1/T), the tail's part of it stored: `SoftTargets.tempered_tails`
+    p_i^(1/T) / Z      Z = sum over all ids of p^(1/T), the tail's part of it stored:
+                       `SoftTargets.tempered_tails`
 
 which is the softmax of the teacher's logits divided by T. Entries that are cut join the tail, at T
 their p_i^(1/T).

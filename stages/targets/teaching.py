@@ -5,9 +5,10 @@ With teachers j of a text, t_j their distributions at a position and w_j their w
     sum        sum_j w_j D(t_j || p)      each divergence by itself: the loss adds them up
     mixture    D(m || p), m = sum_j w_j t_j / sum_j w_j
 
-For forward KL the two have the same gradient at temperature 1, for sum_j w_j = 1: -sum_i (sum_j w_j t_ji) log p_i
-is linear in t. At another temperature they have not, for the mixture of what is softened is not the
-softened mixture; nor have other divergences. So the sum is an objective of its own.
+For forward KL the two have the same gradient at temperature 1, for sum_j w_j = 1: -sum_i (sum_j w_j
+t_ji) log p_i is linear in t. At another temperature they have not, for the mixture of what is
+softened is not the softened mixture; nor have other divergences. So the sum is an objective of its
+own.
 
 The weights of a position may follow what the teachers say there, their sum over the teachers of the
 text staying W = sum_j w_j:
@@ -15,12 +16,12 @@ text staying W = sum_j w_j:
     entropy       W w_j exp(-H_j) / sum_k w_k exp(-H_k)          H_j the entropy of t_j
     likelihood    W w_j t_j(x) / sum_k w_k t_k(x)                x the token that is there
 
-t_j is at temperature 1 in both, whatever the loss compares. Where no teacher gives the token any probability, the
-weights are w_j.
+t_j is at temperature 1 in both, whatever the loss compares. Where no teacher gives the token any
+probability, the weights are w_j.
 
 The mixture of `full` targets is exact. Of sampled ones the draws are pooled: ids united, the
-estimates of each id's probability added with the weights, so their mean is the mixture. Its entropy is
-not known of draws: sum_j w_j H_j stands in, so the value of the loss is that of the sum, and the
+estimates of each id's probability added with the weights, so their mean is the mixture. Its entropy
+is not known of draws: sum_j w_j H_j stands in, so the value of the loss is that of the sum, and the
 gradient that of the mixture.
 
 Letters: J teachers, N positions, V vocabulary.

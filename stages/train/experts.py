@@ -16,6 +16,6 @@ def left_out(config: Any) -> list[str]:
     # It is a product of means over all tokens of a pass, so it would depend on which samples share
     # one, and on how many passes a step takes; the loss here is a sum over tokens.
     return [
-        "the balancing loss of experts that the student's config asks for (output_router_logits) is "
-        "left out: it would depend on which samples share a pass"
+        "the balancing loss of experts that the student's config asks for (output_router_logits) "
+        "is left out: it would depend on which samples share a pass"
     ]

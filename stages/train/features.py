@@ -116,22 +116,24 @@ def group_notes(group: int | None, lengths: Lengths, train: Train) -> list[str]:
     mean = lengths.tokens / lengths.samples
     if 2 * mean > train.tokens_per_step:
         return [
-            f"loss.features: samples have {mean:,.0f} tokens in the mean and train.tokens_per_step is "
-            f"{train.tokens_per_step:,}: a step that holds one sample has no terms between samples. "
-            "Raise it"
+            f"loss.features: samples have {mean:,.0f} tokens in the mean and train.tokens_per_step "
+            f"is {train.tokens_per_step:,}: a step that holds one sample has no terms between "
+            "samples. Raise it"
         ]
     of_step = min(int(train.tokens_per_step / mean), lengths.samples)
     notes = []
     if of_step < group:
         notes.append(
-            f"loss.features: a step has about {of_step} samples, fewer than a group of {group}, so groups "
-            f"are no larger. Set group to {of_step}, or raise train.tokens_per_step if there are more texts"
+            f"loss.features: a step has about {of_step} samples, fewer than a group of {group}, so "
+            f"groups are no larger. Set group to {of_step}, or raise train.tokens_per_step if "
+            "there are more texts"
         )
     held = min(group, of_step) * mean
     if held <= train.tokens_per_pass:
         return notes
     return [
         *notes,
-        f"loss.features: a group of {group} samples has about {held:,.0f} tokens, which is more than "
-        f"train.tokens_per_pass ({train.tokens_per_pass:,}), and is read in one pass all the same",
+        f"loss.features: a group of {group} samples has about {held:,.0f} tokens, which is more "
+        f"than train.tokens_per_pass ({train.tokens_per_pass:,}), and is read in one pass all the "
+        "same",
     ]

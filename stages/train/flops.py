@@ -1,12 +1,12 @@
-"""How much arithmetic a training step needs, and what share of the device's rate it got out of it (MFU).
+"""How much arithmetic a training step needs, and what share of the device's rate it got (MFU).
 
-Model FLOPs after Kaplan et al. (2020, arXiv 2001.08361, section 2.1) and PaLM (Chowdhery et al.
-2022, arXiv 2204.02311, appendix B): a weight that takes part in a matrix product costs 2 FLOPs a
-token forward, 2 for the gradient of its input and 2 for its own; attention costs 12 H d L n^2 for a
-sample of n tokens (H heads of d, L layers; no discount for the causal half). Only what is needed
-counts: no padding, no recomputation by gradient checkpointing, no gradient of weights that do not
-train (LoRA), of experts those that a token visits, the head at scored positions alone, and nothing
-for looking up embeddings, norms, softmax, loss and optimizer.
+Model FLOPs are counted after Kaplan et al. (2020, arXiv 2001.08361, section 2.1) and PaLM
+(Chowdhery et al. 2022, arXiv 2204.02311, appendix B): a weight that takes part in a matrix product
+costs 2 FLOPs a token forward, 2 for the gradient of its input and 2 for its own; attention costs 12
+H d L n^2 for a sample of n tokens (H heads of d, L layers; no discount for the causal half). Only
+what is needed counts: no padding, no recomputation by gradient checkpointing, no gradient of
+weights that do not train (LoRA), of experts those that a token visits, the head at scored positions
+alone, and nothing for looking up embeddings, norms, softmax, loss and optimizer.
 """
 
 import re
@@ -141,7 +141,10 @@ class Peak:
 
     @classmethod
     def at(cls, device: torch.device, dtype: torch.dtype) -> Self:
-        """The vendor's dense bfloat16 rate where the GPU is a known one, else that of a matrix product in `dtype`."""
+        """The vendor's dense bfloat16 rate where the GPU is a known one.
+
+        Else it is the rate of a matrix product in `dtype`.
+        """
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
         for known, rate in _PEAKS.items() if device.type == "cuda" else ():
             if re.search(rf"\b{known}\b", name):  # an A10G is no A10, an RTX A4000 no A40
@@ -158,7 +161,10 @@ class Peak:
 
 @cache
 def _product_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOPs per second of a square matrix product: the best of some; of one that took long, that one's."""
+    """FLOPs per second of a square matrix product, the best of some.
+
+    A product that takes long is timed once, and its rate is taken.
+    """
     left, right = (torch.ones(_PRODUCT, _PRODUCT, device=device, dtype=dtype) for _ in range(2))
     best, first = float("inf"), time.perf_counter()
     for _ in range(4):

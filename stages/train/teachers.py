@@ -13,7 +13,10 @@ from ..workers.job import Job
 def partner_snapshots(
     job: Job, store: Store, read: Mapping[Split, Snapshot]
 ) -> dict[Split, Snapshot]:
-    """Of the splits that are read, the rows beside those of the first teachers; none where there is one teacher."""
+    """The rows beside those of the first teachers, of the splits that are read.
+
+    There are none where there is one teacher.
+    """
     return {
         split: load_snapshot(store, name) for split, name in job.partners.items() if split in read
     }

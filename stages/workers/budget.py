@@ -1,12 +1,14 @@
-"""What the answers of an endpoint may cost: each call is admitted at the most that it can be charged.
+"""What the answers of an endpoint may cost.
+
+Each call is admitted at the most that it can be charged.
 
 So the limit is not passed, whatever comes back. Calls in flight at a death, and those that came to
 nothing without a word from the endpoint, may have been charged: they count in full. A connection
 that was never made is no call.
 
-The budget is that of a run folder, and of an endpoint's model; only one process at a time spends it.
-That it was reached is written down there under a hash of its limits: the same command then asks for
-nothing, and other limits are another budget.
+The budget is that of a run folder, and of an endpoint's model; only one process at a time spends
+it. That it was reached is written down there under a hash of its limits: the same command then asks
+for nothing, and other limits are another budget.
 """
 
 import threading
@@ -50,7 +52,10 @@ class Budget:
         self._lock = threading.Lock()
 
     def admits(self, key: str, most: Tokens) -> bool:
-        """Whether there is enough for a call that may be charged so much; then it is noted as sent."""
+        """Whether there is enough for a call that may be charged so much.
+
+        Then the call is noted as sent.
+        """
         with self._lock:
             spent = self._answers.charged.plus(self._answers.in_doubt)
             if not self._within(spent.plus(most)):

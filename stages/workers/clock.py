@@ -31,7 +31,10 @@ class Clock:
     """The clock of one process. Spans of other threads count nothing."""
 
     def __init__(self, *, began: float | None = None) -> None:
-        """`began`: `time.monotonic()` at which the process was started; what passed since is "start"."""
+        """Begin to count at `began`, the `time.monotonic()` at which the process was started.
+
+        What has passed since is "start".
+        """
         self._thread = threading.get_ident()
         self._outer: list[str] = []
         self._name: str = OTHER

@@ -1,4 +1,7 @@
-"""Rejects of a stage that runs a model, where a row's failure and the machine's must be told apart."""
+"""Rejects of a stage that runs a model.
+
+A row's failure and the machine's must be told apart there.
+"""
 
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +39,7 @@ class Rejects:
             self._writer.add(self._held.pop(0))
 
     def check(self) -> None:
-        """At the end of the stage.
+        """See, at the end of the stage, that not every row failed.
 
         Raises:
             StillroomError: every row failed; none of them is rejected.

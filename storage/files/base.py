@@ -17,12 +17,23 @@ DISK_FULL = (
 
 _ADVICE = {
     errno.ENOSPC: DISK_FULL,
-    errno.EDQUOT: "the disk quota is used up. Free space and run the same command again; what was committed is kept",
+    errno.EDQUOT: (
+        "the disk quota is used up. Free space and run the same command again; what was committed "
+        "is kept"
+    ),
     errno.EACCES: "give this user write access to the folder, or choose another one",
-    errno.EPERM: "a filesystem that takes no new files or no hard links cannot hold a store. Choose another folder",
-    errno.EOPNOTSUPP: "the filesystem has no hard links, so it cannot hold a store. Choose another folder",
+    errno.EPERM: (
+        "a filesystem that takes no new files or no hard links cannot hold a store. Choose another "
+        "folder"
+    ),
+    errno.EOPNOTSUPP: (
+        "the filesystem has no hard links, so it cannot hold a store. Choose another folder"
+    ),
     errno.EROFS: "the filesystem is read-only. Mount it writable, or choose another folder",
-    errno.EIO: "the disk reported an input/output error. Check the disk; `stillroom verify` says what is intact",
+    errno.EIO: (
+        "the disk reported an input/output error. Check the disk; `stillroom verify` says what is "
+        "intact"
+    ),
 }
 
 
@@ -51,7 +62,7 @@ class Files(Protocol):
 
     @property
     def cache(self) -> "FilesOnDisk":
-        """Files of this machine, below `cache/`, that only save work and may be lost at any time."""
+        """Files of this machine, below `cache/`, that only save work and may be lost any time."""
 
     def empty(self) -> bool:
         """Whether nothing is there: no root, or no name in it."""
@@ -66,10 +77,17 @@ class Files(Protocol):
         """The content of those files that are there, by name."""
 
     def source(self, name: str) -> Any:
-        """What pyarrow opens to read the file: a path, or an open binary file; FileNotFoundError may come then."""
+        """What pyarrow opens to read the file: a path, or an open binary file.
+
+        Either this call or reading raises FileNotFoundError if it is not there.
+        """
 
     def local(self, name: str) -> Path:
-        """A path with the content of a file, for who reads nothing else; FileNotFoundError if it is not there."""
+        """A path with the content of a file, for libraries that read nothing else.
+
+        Raises:
+            FileNotFoundError: the file is not there.
+        """
 
     def size(self, name: str) -> int:
         """Bytes of a file; FileNotFoundError if the name is not there."""
@@ -78,7 +96,11 @@ class Files(Protocol):
         """Hex sha256 of a file's bytes; FileNotFoundError if the name is not there."""
 
     def stamp(self, name: str) -> list[Any]:
-        """What is not the same when a file was changed, without reading it; FileNotFoundError if it is not there."""
+        """What changes when a file is changed, found without reading it.
+
+        Raises:
+            FileNotFoundError: the file is not there.
+        """
 
     def names(self, folder: str) -> list[str]:
         """Names of the files in a folder, sorted; none if the folder is not there.
@@ -87,7 +109,9 @@ class Files(Protocol):
         """
 
     def walk(self, folder: str = "") -> Iterator[tuple[str, int, float]]:
-        """(name, bytes, time of last change) of every file below a folder, sorted, temporary ones too.
+        """(name, bytes, time of last change) of every file below a folder, sorted.
+
+        Temporary files are among them.
 
         The time is by the place's own clock.
         """
@@ -113,7 +137,7 @@ class Files(Protocol):
     def replace(self, name: str, data: bytes) -> None:
         """Give `name` this content whatever it had; readers see the old or the new.
 
-        Not for anything of a store.
+        Nothing of a store is put in place so.
         """
 
     def remove(self, name: str) -> None:
@@ -128,7 +152,10 @@ class FilesOnDisk(Files, Protocol):
 
 
 def user_cache() -> Path:
-    """Where this user's files lie that only save work: `$XDG_CACHE_HOME/stillroom`, else `~/.cache/stillroom`."""
+    """The folder of this user's files that only save work.
+
+    It is `$XDG_CACHE_HOME/stillroom`, else `~/.cache/stillroom`.
+    """
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stillroom"
 
 
@@ -166,7 +193,10 @@ def make_folder(folder: Path) -> None:
 
 @contextmanager
 def explained(doing: str, path: Path) -> Iterator[None]:
-    """Errors of the operating system as messages that say what to do; FileNotFoundError stays itself."""
+    """Errors of the operating system as messages that say what to do.
+
+    FileNotFoundError goes on as it is.
+    """
     try:
         yield
     except FileNotFoundError:

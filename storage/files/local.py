@@ -1,4 +1,6 @@
-"""Files on a disk of this machine: put in place whole or not at all, by a link that fails where the name exists.
+"""Files on a disk of this machine, put in place whole or not at all.
+
+A link does it, which fails where the name exists.
 
 The only module that links, replaces or syncs. Every file is written under a temporary name, synced,
 and then linked to its final name, so that a name that exists has its complete content. `os.link`
@@ -75,7 +77,10 @@ class LocalFiles(FilesOnDisk):
         return self.path(name)
 
     def leads_out(self, name: str) -> bool:
-        """Whether links lead from a name out of this folder; those of the Hub's cache lead to its blobs."""
+        """Whether links lead from a name out of this folder.
+
+        Links of the Hub's cache lead to its blobs: these are no way out.
+        """
         root, found = self.root.resolve(), self.path(name).resolve()
         blobs = [folder.parent / "blobs" for folder in root.parents if folder.name == "snapshots"]
         return not any(found.is_relative_to(place) for place in (root, *blobs))
@@ -176,7 +181,10 @@ class LocalFiles(FilesOnDisk):
             self._sync_folder(final.parent)
 
     def move_in(self, path: Path, name: str) -> None:
-        """Move a finished file of this filesystem to `name`, whatever it had; readers see the old or the new."""
+        """Move a finished file of this filesystem to `name`, and replace what was there.
+
+        Readers see the old file or the new one.
+        """
         final = self.path(name)
         with explained("cannot write", final):
             self._make_folder(final.parent)
@@ -185,7 +193,10 @@ class LocalFiles(FilesOnDisk):
             self._sync_folder(final.parent)
 
     def point(self, name: str, target: str) -> None:
-        """Make `name` a symbolic link to a neighbour, in place of the one it was; readers see the old or the new."""
+        """Make `name` a symbolic link to a neighbour, in place of the one it was.
+
+        Readers see the old link or the new one.
+        """
         final = self.path(name)
         with explained("cannot write", final), self._temporary(final.parent) as temp:
             temp.symlink_to(target)
@@ -214,7 +225,10 @@ class LocalFiles(FilesOnDisk):
             self._unlink(temp)
 
     def _make_folder(self, folder: Path) -> None:
-        """Make a folder that survives a power cut; it may be there since a moment ago, made by another process."""
+        """Make a folder that survives a power cut.
+
+        Another process may have made it a moment ago.
+        """
         if folder in self._durable:
             return
         below_root = folder != self.root

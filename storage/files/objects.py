@@ -1,4 +1,6 @@
-"""Files on an object store, through fsspec: uploads are whole or not at all, and `mode="create"` has one winner.
+"""Files on an object store, through fsspec.
+
+Uploads are whole or not at all, and `mode="create"` has one winner.
 
 An upload may be done although its answer never came. So every answer to a create but a plain yes is
 settled by reading the name back: our bytes mean that we won, other bytes that we lost, nothing that
@@ -58,7 +60,7 @@ class ObjectFiles(Files):
 
     @property
     def system(self) -> Any:
-        """The fsspec filesystem of this process, which never answers from a listing it has seen before."""
+        """The fsspec filesystem of this process. It never answers from a listing seen before."""
         return self._open()[0]
 
     def address(self, name: str) -> str:

@@ -1,8 +1,10 @@
-"""Rows that are about to be learnt from: of each file the bytes against their hash and every row, once on each machine.
+"""The check of rows that are about to be learnt from, once on each machine.
+
+The bytes of each file are compared with their hash, and every row is asked.
 
 Writers check the rows that they write, but a shard may come from somebody else's: a seal shows that
-it was not damaged, not that its rows can be right. What held is remembered by the hash of the bytes,
-outside of any store, for whoever writes a store could write that it holds.
+it was not damaged, not that its rows can be right. What held is remembered by the hash of the
+bytes, outside of any store, for whoever writes a store could write that it holds.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -59,7 +61,7 @@ class Held:
 
 
 class Memory:
-    """What this user's machine has checked: a file of lines in the user's cache folder, or nothing where there is none.
+    """What this user's machine has checked: a file of lines in the user's cache folder, if any.
 
     Each line is a name and what is remembered under it. A line that is torn is not known.
     """
@@ -107,7 +109,10 @@ def files_of(store: Store, snapshot: Snapshot) -> list[StoredFile]:
 
 
 def held(file: StoredFile, table: TableName, memory: Memory) -> Held | None:
-    """What was found of a file that was checked here and was not changed since; None: it is to be checked."""
+    """What was found of a file that was checked here and was not changed since.
+
+    None: the file has to be checked.
+    """
     try:
         stamp = _stamp(file)
     except FileNotFoundError:
@@ -222,7 +227,10 @@ def prove_bytes(file: StoredFile, memory: Memory) -> None:
 
 
 def _groups(file: ShardFile, table: TableName) -> Iterator[tuple[int, Rows]]:
-    """Each row group's columns that are asked about; one that may be null and was not published is null."""
+    """Each row group's columns that are asked about.
+
+    A column that may be null and was not published is null here.
+    """
     there = [
         name
         for name in _COLUMNS[table]

@@ -76,7 +76,10 @@ def check_matrices(store: Store, features: Snapshot) -> None:
 
 
 def _of_rows(files: Files, sound: Container[str]) -> Iterator[tuple[int, NamedMatrix]]:
-    """(commit, matrix) of all live rows that name one; what is wrong with others is known already."""
+    """(commit, matrix) of all live rows that name one.
+
+    Rows of damaged commits and shards are left out: they are reported elsewhere.
+    """
     withdrawn = set(listed(files, "features", "retired"))
     for seq in near(listed(files, "features", "commits")):
         if seq in withdrawn:
@@ -111,6 +114,6 @@ def _wrong(files: Files, matrix_id: str, shape: tuple[int, int] | None = None) -
 
 def _of_another_shape(matrix_id: str, found: tuple[int, ...], expected: tuple[int, int]) -> str:
     return (
-        f"{matrix_file(matrix_id)}: the matrix is {' x '.join(map(str, found))}, and rows that name it "
-        f"say {' x '.join(map(str, expected))}"
+        f"{matrix_file(matrix_id)}: the matrix is {' x '.join(map(str, found))}, and rows that "
+        f"name it say {' x '.join(map(str, expected))}"
     )

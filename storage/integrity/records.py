@@ -1,4 +1,7 @@
-"""Records beside the tables, checked against their own hashes: inputs, teachers, bindings, engines, snapshots."""
+"""Records beside the tables, checked against their own hashes.
+
+These are the records of inputs, teachers, bindings, engines and snapshots.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -67,7 +70,10 @@ def _inputs_problems(files: Files, seen: Seen) -> Iterator[Problem]:
 
 
 def _teacher_problems(files: Files, seen: Seen) -> Iterator[Problem]:
-    """`identity.json` is what a teacher's id is the hash of; `files.json` has the hash of every file."""
+    """What is wrong with the folders of teachers.
+
+    A teacher's id is the hash of `identity.json`; `files.json` has the hash of every file.
+    """
     folders: dict[str, set[str]] = {}  # names of the files in each
     for name, _, _ in files.walk("teachers"):
         path = PurePosixPath(name)
@@ -145,7 +151,10 @@ def _recorded_problems(
 def _file_problems(
     files: Files, folder: str, names: set[str], parts: dict[str, Any]
 ) -> Iterator[tuple[str, str]]:
-    """(file, what is wrong) of the files kept beside an identity: hashes where it has them, else their content."""
+    """(file, what is wrong) of the files kept beside an identity.
+
+    A file is asked for its hash where the identity has one, else for its content.
+    """
     hashes = {name: h for name, h in parts.get("tokenizer", {}).items() if name != "config"}
     for name, sha256 in hashes.items():
         if name not in names:
@@ -185,7 +194,10 @@ def _holds(files: Files, folder: str, name: str, content: dict[str, Any]) -> boo
 
 
 def _within(content: Any, found: Any) -> bool:
-    """Whether all that an identity says is there; what no identity holds (paths, versions) may stand beside it."""
+    """Whether all that an identity says is there.
+
+    What no identity holds (paths, versions) may stand beside it.
+    """
     if isinstance(content, dict) and isinstance(found, dict):
         # A name that is left out says None, as of a model without an end token.
         return all(_within(part, found.get(name)) for name, part in content.items())
@@ -251,7 +263,10 @@ def _snapshot_problems(store: Store, seen: Seen) -> Iterator[Problem]:
 
 
 def _chosen_problem(files: Files, shard: SnapshotShard, seen: Seen) -> str | None:
-    """What is wrong with a shard that a snapshot names: live ones are checked already, withdrawn ones are not."""
+    """What is wrong with a shard that a snapshot names.
+
+    Live shards are checked already, withdrawn ones are not.
+    """
     name, row_groups = shard.name, shard.row_groups
     if name in seen.damaged:
         return "is damaged"

@@ -100,7 +100,11 @@ def _rows(files: Files, table: TableName, seq: int) -> int | None:
 
 
 def _retry(store: Store, reasons: set[str], withdrawn: list[Withdrawn]) -> Counter[str]:
-    """Withdraw the commits that hold rejects with these reasons; returns the rejects withdrawn, by reason."""
+    """Withdraw the commits that hold rejects with these reasons.
+
+    Returns:
+        The rejects withdrawn, by reason.
+    """
     counted: Counter[str] = Counter()
     for commit, found in _rejects(store):
         wanted = sorted(reasons & found.keys())

@@ -1,7 +1,7 @@
 """What is wrong with the rows of a row group: all of them at once, then the wrong ones by name.
 
-Neighbours of one kind are asked as one long row (`tables/invariants.runs`). Where that is sound, all
-of them are; else each is asked alone. So whatever a row is asked stands in one place.
+Neighbours of one kind are asked as one long row (`tables/invariants.runs`). Where that is sound,
+all of them are; else each is asked alone. So whatever a row is asked stands in one place.
 """
 
 from collections.abc import Iterator, Mapping
@@ -26,7 +26,7 @@ _UNREADABLE = (ArithmeticError, LookupError, TypeError, ValueError)
 
 
 def faults(table: TableName, rows: Rows, about: Mapping[str, Any]) -> Iterator[Fault]:
-    """What is wrong with the rows of a row group: each row's shape and numbers, keys that are there twice."""
+    """What is wrong with the rows of a row group: shape, numbers, keys that are there twice."""
     row = 0
     try:
         for fault in _faults(table, rows, about):
@@ -83,7 +83,7 @@ def row_faults(
 
 
 def repeated_feature(file: ShardFile) -> str | None:
-    """Of all row groups of `features`: the first row that has the name of one before it, whatever their keys say."""
+    """The first row of `features` that has the name of one before it, whatever their keys say."""
     names = ["text_key", "kind", "layer", "dtype"]
     columns = file.read_all(names).to_pydict()
     first: dict[tuple[Any, ...], int] = {}

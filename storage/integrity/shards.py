@@ -60,7 +60,10 @@ def shard_problems(
     else:
         message = "the file's sha256 is not the one that was committed"
         if not contents:
-            message += "; every page holds, so the damage is outside them: in a page's header, page index or footer"
+            message += (
+                "; every page holds, so the damage is outside them: in a page's header, page index "
+                "or footer"
+            )
     problems = [Problem(shard.name, None, None, message), *contents]
     return [replace(problem, mend=(mend,)) for problem in problems]
 

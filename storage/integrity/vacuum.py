@@ -1,4 +1,4 @@
-"""Remove what no record and no snapshot names, once it is old enough that nobody can be about to name it.
+"""Remove what no record and no snapshot names, once nobody can be about to name it.
 
 A shard is new when its writer names it: `put_parquet` never relies on a file that was there before.
 So a file that stands unnamed for longer than any writer takes from shard to record (24 hours, by
@@ -51,7 +51,9 @@ class Vacuumed:
 
 
 def vacuum(store: Store, *, older_than_hours: float = HOURS, dry_run: bool = False) -> Vacuumed:
-    """Remove what nothing names: temporary files, shards, matrices, claims and index segments of the past.
+    """Remove what nothing names.
+
+    That is temporary files, shards, matrices, claims and index segments of the past.
 
     Args:
         store: The store.
@@ -97,7 +99,10 @@ def _is_useless(name: str, named: set[str]) -> bool:
 
 
 def _named(store: Store, recent: set[str]) -> set[str]:
-    """Shards of commits, live or withdrawn a moment ago, of inputs and snapshots; matrices; index segments in use."""
+    """The files that are named: shards, matrices, and index segments in use.
+
+    The shards are those of commits (live, or withdrawn a moment ago), of inputs and of snapshots.
+    """
     named: set[str] = set()
     try:
         for table in TABLES:

@@ -49,8 +49,8 @@ class Report:
     tables: dict[TableName, TableReport] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    """Files that no record names, withdrawn records that cannot be read, and what cannot be checked:
-    no rows are lost."""
+    """Nothing here loses a row: files without a record, withdrawn records that cannot be read, and
+    what cannot be checked."""
 
     @property
     def ok(self) -> bool:
@@ -149,7 +149,10 @@ def _withdrawn_notes(files: Files, table: TableName, seq: int, seen: Seen) -> It
     try:
         record = read_commit(files, table, seq)
     except IntegrityError:
-        yield f"{record_name(table, seq)}: the record cannot be read; it is withdrawn, so it holds no rows of the store"
+        yield (
+            f"{record_name(table, seq)}: the record cannot be read; it is withdrawn, so it holds "
+            "no rows of the store"
+        )
     else:
         if record is not None:
             seen.named.add(record[0].shard.name)
@@ -186,4 +189,7 @@ def _left_over(files: Files, named: set[str]) -> Iterator[str]:
     for folder in _FOLDERS:
         for name, size, _ in files.walk(folder):
             if name not in named:
-                yield f"{name}: no record names this file ({size} bytes); it holds no rows of the store"
+                yield (
+                    f"{name}: no record names this file ({size} bytes); it holds no rows of the "
+                    "store"
+                )

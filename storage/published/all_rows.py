@@ -1,4 +1,6 @@
-"""All that a store holds, as snapshots: of each text one row, in the split in which its prompt was recorded.
+"""All that a store holds, as snapshots.
+
+Of each text there is one row, in the split in which its prompt was recorded.
 
 A recipe says more: which settings of the text, which targets, how many entries. Without one there
 is an answer only where the store holds the rows of one teacher and one source of prompts.
@@ -108,7 +110,8 @@ def _refuse_several(store: Store, index: Index, table: TableName) -> None:
     ids = [found for (found,) in index.rows(f"SELECT DISTINCT {who}_id FROM {table} ORDER BY ALL")]
     if not ids:
         raise UsageError(
-            f"{store.root}: holds no row to export. Run a recipe first, up to `generate` or `score`."
+            f"{store.root}: holds no row to export. Run a recipe first, up to `generate` or "
+            "`score`."
         )
     if len(ids) > 1:
         listed = ", ".join(found[:8] for found in ids)
@@ -116,7 +119,7 @@ def _refuse_several(store: Store, index: Index, table: TableName) -> None:
 
 
 def _view_splits(store: Store, index: Index, binding: Binding | None) -> None:
-    """The view `splits`: which prompts are held out, by the newest record of the data that has them."""
+    """The view `splits`: which prompts are held out, by the newest record that has them."""
     ids = [name.removesuffix(".json") for name in store.files.names("inputs")]
     parts = ["SELECT NULL::UUID AS prompt_key, false AS held_out, 0 AS age WHERE false"]
     for data_id in ids:
@@ -128,7 +131,8 @@ def _view_splits(store: Store, index: Index, binding: Binding | None) -> None:
             f"FROM {index.inputs(store.files, recorded)}"
         )
     index.execute(f"""
-        CREATE VIEW splits AS SELECT prompt_key, min(2 * age + (NOT held_out)::INT) % 2 = 0 AS held_out
+        CREATE VIEW splits AS
+        SELECT prompt_key, min(2 * age + (NOT held_out)::INT) % 2 = 0 AS held_out
         FROM ({" UNION ALL ".join(parts)}) GROUP BY prompt_key""")
 
 

@@ -1,9 +1,9 @@
-"""Exporting a snapshot: its rows as Parquet files that others read, in a version folder that never changes.
+"""Export of a snapshot: its rows as Parquet files, in a version folder that never changes.
 
-`make_tables` writes the files into a working folder; `place` moves a finished version into the published folder, data
-first, its MANIFEST last. Who reads the folder starts from the card, which the caller replaces after
-that, so nobody sees half a version. `manifest.py` says what lies where. Equal rows and choices give
-equal bytes.
+`make_tables` writes the files into a working folder; `place` moves a finished version into the
+published folder, data first, its MANIFEST last. Who reads the folder starts from the card, which
+the caller replaces after that, so nobody sees half a version. `manifest.py` says what lies where.
+Equal rows and choices give equal bytes.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -85,7 +85,8 @@ def make_tables(
 
     Raises:
         UsageError: the choice names what is not there, or leaves nothing.
-        IntegrityError: a shard is damaged or holds a row that cannot be right, or a generation is gone.
+        IntegrityError: a shard is damaged or holds a row that cannot be right, or a generation is
+            gone.
     """
     memory = Memory.of_user()
     for snapshot in snapshots.values():
@@ -113,8 +114,8 @@ def make_tables(
     if next(iter(snapshots)) not in made.splits:  # those that come with it may lose all of theirs
         gone = [split for split in snapshots if split not in made.splits]
         raise UsageError(
-            f"export: --where and --min-k leave no row of {', '.join(gone)}. Ask for fewer entries, "
-            "or for a condition that some rows meet."
+            f"export: --where and --min-k leave no row of {', '.join(gone)}. Ask for fewer "
+            "entries, or for a condition that some rows meet."
         )
     written = {file.table for file in made.files.values()}
     made.tables = {table: facts for table, facts in made.tables.items() if table in written}
@@ -135,7 +136,10 @@ def _matrices(store: Store, folder: Path, ids: set[str], choice: FeatureChoice, 
 def _tables(
     store: Store, snapshots: Mapping[str, Snapshot], made: Made, wanted: Sequence[str]
 ) -> dict[str, Any]:
-    """What `Manifest.tables` says of each table: its version is that of the newest shard that gives it rows."""
+    """What `Manifest.tables` says of each table.
+
+    A table's version is that of the newest shard that gives it rows.
+    """
     scored = [snapshot for snapshot in snapshots.values() if snapshot.table == "soft_targets"]
     parts = [part for snapshot in scored for part in snapshot.shards]
     abouts = {
@@ -185,8 +189,8 @@ def common(abouts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     for name in _ONE_FOR_ALL:
         if name in first and name not in agreed:
             raise UsageError(
-                f"export: the snapshot's rows differ in their {name}: they cannot be one dataset. A "
-                "recipe in the store's place says which are meant."
+                f"export: the snapshot's rows differ in their {name}: they cannot be one dataset. "
+                "A recipe in the store's place says which are meant."
             )
     return {name: first[name] for name in sorted(agreed - _OF_ONE_SHARD)}
 
@@ -239,7 +243,11 @@ class _Split:
         )
 
     def write_features(self, folder: Path, choice: FeatureChoice) -> set[str]:
-        """Write the features of its texts, whole; returns the ids of the matrices that they name."""
+        """Write the features of the split's texts, whole.
+
+        Returns:
+            The ids of the matrices that they name.
+        """
         if not self._rows or not self._scored:
             return set()
         (teacher_id,) = {about["teacher_id"] for about, _ in self._made.said["soft_targets"]}

@@ -1,7 +1,9 @@
-"""The features of the rows that an export takes: in the order of those rows, with the matrices they name.
+"""The features of the rows that an export takes, and the matrices that they name.
 
-They leave whole: as they are stored, all columns. Of a text several rows of one layer may be stored,
-rounded otherwise; the one goes along that has the fewest bits which still serve.
+They stand in the order of those rows.
+
+They leave whole: as they are stored, all columns. Of a text several rows of one layer may be
+stored, rounded otherwise; the one goes along that has the fewest bits which still serve.
 """
 
 import shutil
@@ -33,7 +35,9 @@ _INDEXED = ("text_key", "teacher_id", "kind", "layer", "dtype", "vectors", "widt
 def feature_places(
     store: Store, texts: pa.Array, choice: FeatureChoice, *, teacher_id: str
 ) -> pa.Table:
-    """Where the features of some texts are, in the order of the texts, of each by kind, layer and dtype.
+    """Where the features of some texts are.
+
+    They are in the order of the texts, and of each text by kind, layer and dtype.
 
     Args:
         store: Holds them.
@@ -163,7 +167,10 @@ class FeatureNumbers:
             one["width"] = row["width"]
 
     def numbers(self) -> dict[str, Any]:
-        """By kind, layer and dtype: rows, vectors, width, bytes, errors of rounding and projection."""
+        """Rows, vectors, width, bytes, errors of rounding and projection.
+
+        They are by kind, layer and dtype.
+        """
         kinds = {}
         for name, one in sorted(self._kinds.items()):
             errors = {

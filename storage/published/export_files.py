@@ -35,7 +35,10 @@ class _OpenFile:
 
 
 class TableFiles:
-    """The files of one table's split, written into a folder under numbers; their final names need the last number."""
+    """The files of one table's split, written into a folder under numbers.
+
+    Their final names need the last number.
+    """
 
     def __init__(
         self,

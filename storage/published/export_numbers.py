@@ -1,4 +1,7 @@
-"""Numbers of an export for its card: how long the texts are, what the entries keep, how unsure the teacher is."""
+"""Numbers of an export for its card.
+
+How long the texts are, what the entries keep, and how unsure the teacher is.
+"""
 
 from collections import Counter
 from typing import Any
@@ -14,7 +17,10 @@ _BINS = 10_000
 
 
 class Spread:
-    """Mean, quantiles and largest of numbers from 0 to a limit, in bounded memory: quantiles to 1/10,000 of it."""
+    """Mean, quantiles and largest of numbers from 0 to a limit, in bounded memory.
+
+    Quantiles are exact to 1/10,000 of the limit.
+    """
 
     def __init__(self, limit: float) -> None:
         self._limit = limit

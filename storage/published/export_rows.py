@@ -1,4 +1,6 @@
-"""The rows that an export takes out of a store: in the snapshot's order, a row group at a time, targets cut to K.
+"""The rows that an export takes out of a store, a row group at a time.
+
+They are in the snapshot's order, and their targets are cut to K.
 
 Soft targets are read with their checksums, as training reads them. Generations lie in the store in
 another order than the targets made of them, so DuckDB joins and sorts them, on disk where memory
@@ -29,7 +31,7 @@ from ..tables.schema import KEY, MESSAGES, SCHEMAS, TableName, since
 from ..tables.shard import REPAIR
 from ..tables.soft_targets import SoftTargets
 
-# A conversation has more turns than its answer, and all that follows the first scored token is `text`.
+# A conversation has more turns than its answer. All after the first scored token is `text`.
 _ANSWER = pa.field(
     "answer",
     pa.string(),
@@ -237,7 +239,11 @@ def _asked(store: Store, keys: pa.Array) -> Iterator[Any]:
 
 
 def sources_of(store: Store, keys: pa.Array) -> list[tuple[str, bool, int]]:
-    """Which recorded data the prompts of these generations are from: data id, whether held out, how many prompts."""
+    """Which recorded data the prompts of these generations are from.
+
+    Returns:
+        Data id, whether held out, how many prompts.
+    """
     with connected(store) as connection, explained("export"):
         connection.from_arrow(pa.table({"key": keys})).create("wanted")
         return list(stoppable(connection, lambda: connection.sql(_SOURCES).fetchall()))
@@ -262,7 +268,9 @@ def shards_of(store: Store, table: TableName, keys: pa.Array) -> list[tuple[dict
 
 
 def can_be_cut(rows: pa.Table, k: int) -> np.ndarray:
-    """[R] whether rows of soft targets (columns kind, k) have K entries to keep; a whole distribution always has.
+    """[R] whether rows of soft targets (columns kind, k) have K entries to keep.
+
+    A whole distribution always has.
 
     Raises:
         UsageError: draws cannot be cut, they have no order.
@@ -286,7 +294,10 @@ def cut_rows(table: pa.Table, k: int) -> pa.Table:
 
 
 def cut_row(row: Mapping[str, Any], k: int) -> dict[str, Any]:
-    """One row cut: as it would have been stored with this K, but for a second rounding; under a name of its own."""
+    """One row cut: as it would have been stored with this K, but for a second rounding.
+
+    It has a key of its own.
+    """
     if row["k"] <= k:
         return dict(row)
     columns = cut(SoftTargets.from_row(row), k).columns(row["mantissa_bits"])
@@ -297,7 +308,9 @@ def cut_row(row: Mapping[str, Any], k: int) -> dict[str, Any]:
 
 
 def cut(targets: SoftTargets, k: int) -> SoftTargets:
-    """The K best entries of each position; the others join the tail, and at each temperature the tempered tail.
+    """The K best entries of each position.
+
+    The others join the tail, and at each temperature the tempered tail.
 
     `full` becomes entries and a tail; the temperatures that it has for being whole are lost.
     """

@@ -1,9 +1,12 @@
-"""A published folder as a store that is read only: its rows stand where they stood in the store that they come from.
+"""A published folder as a store that is read only.
 
-`export` writes the chosen rows of a snapshot into few large files and keeps the snapshot's record beside them. Here
-each shard of that record is a shard again, which holds the rows that were published. So the same
-recipe chooses the same snapshot, with the same id and the same order of samples, and trains the
-same student. Rows that were cut on their way out have no such record: there each file is a shard.
+Its rows stand where they stood in the store that they come from.
+
+`export` writes the chosen rows of a snapshot into few large files and keeps the snapshot's record
+beside them. Here each shard of that record is a shard again, which holds the rows that were
+published. So the same recipe chooses the same snapshot, with the same id and the same order of
+samples, and trains the same student. Rows that were cut on their way out have no such record: there
+each file is a shard.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -33,7 +36,7 @@ from .table_file import HELP, PublishedFile
 
 
 class PublishedShard(ShardFile):
-    """A shard of the store that was published from: its published rows, under the numbers that they had there."""
+    """A shard of the store that was published from: its published rows, numbered as there."""
 
     def __init__(
         self, table: "_Rows", shard: ShardInfo, rows: np.ndarray, positions: np.ndarray
@@ -122,7 +125,10 @@ class _Rows:
         return pa.concat_tables(parts)
 
     def lengths(self, ends: np.ndarray) -> np.ndarray:
-        """[R] tokens of each row. In version 1 they end with the span, at `ends`; since then they are counted."""
+        """[R] tokens of each row.
+
+        In version 1 a row ends with its span, at `ends`; later versions are counted.
+        """
         parts = [np.zeros(0, np.int64)]
         for number, (first, last) in enumerate(pairwise(self.starts.tolist())):
             file = self.file(number)
@@ -163,7 +169,7 @@ class Published(Store):
 
     @classmethod
     def open_folder(cls, root: Path | str) -> "Published":
-        """Open the version that the card points at; files that are missing or cut short are found here.
+        """Open the version that the card points at. Missing or short files are found here.
 
         Raises:
             UsageError: this is no published folder.
@@ -177,7 +183,7 @@ class Published(Store):
 
     @property
     def about(self) -> dict[str, Any]:
-        """What all of its rows have in common: teacher_id, tokenizer_id, vocab_size, head and the like."""
+        """What all of its rows share: teacher_id, tokenizer_id, vocab_size, head and the like."""
         return dict(self.manifest.about[self.table])
 
     def prove(self, sha256: Callable[[Path], str]) -> None:
@@ -218,7 +224,7 @@ class Published(Store):
         ]
 
     def commits(self, table: TableName) -> list[Commit]:
-        """A commit for each shard of which rows were published, in the order in which they were committed."""
+        """A commit for each shard of which rows were published, in the order of the commits."""
         if table == self.table:
             infos = [self._chosen[sha256][0] for sha256 in self._order]
         else:
@@ -296,7 +302,7 @@ class Published(Store):
         )
 
     def _numbers(self, name: str) -> np.ndarray:
-        """[rows] of a split: the place of each in the order of the snapshot, where that is whole and has one."""
+        """[rows] of a split: each row's place in the snapshot's order, if that is known."""
         split = self.manifest.splits[name]
         order = load_snapshot(self, split.snapshot, most=split.rows).order if split.whole else None
         return np.arange(split.rows) if order is None else np.argsort(order.samples)
@@ -357,7 +363,7 @@ class Published(Store):
 
     @cached_property
     def _chosen(self) -> dict[str, tuple[ShardInfo, np.ndarray, np.ndarray]]:
-        """Shard by sha256: itself, its published rows, ascending, and where they are in the published table."""
+        """Shard by sha256: itself, its published rows, and their places in the published table."""
         found: dict[str, tuple[ShardInfo, list[np.ndarray], list[np.ndarray]]] = {}
         first = 0  # position of the part's first row in the published table
         for parts in self._snapshots.values():

@@ -1,7 +1,9 @@
-"""A published folder: versions of a dataset, the card that names the one that counts, and what its MANIFEST says.
+"""A published folder: versions of a dataset, the card that names the current one, MANIFESTs.
 
-    README.md            the card; its front matter names the current version. Replaced last, in one step
-    v-<8 digits>/        a version, named by its content; nothing in it changes once MANIFEST.json is there
+    README.md            the card; its front matter names the current version. Replaced last,
+                         in one step
+    v-<8 digits>/        a version, named by its content; nothing in it changes once
+                         MANIFEST.json is there
         MANIFEST.json    every other file of the version with its sha256; put last
         generations/, soft_targets/    <split>-00000-of-0000N.parquet
         snapshots/, teachers/, PROVENANCE.json
@@ -176,7 +178,11 @@ class Manifest:
 
 
 def _parts(record: dict[str, Any]) -> dict[str, Any]:
-    """Files and splits of a manifest's record; ValueError where something of it is out of bounds."""
+    """Files and splits of a manifest's record.
+
+    Raises:
+        ValueError: something of it is out of bounds.
+    """
     string(record["name"])
     mapping(record["chosen"])
     mapping(record["statistics"])
@@ -197,7 +203,9 @@ def _parts(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def current_version(card: str) -> str | None:
-    """The version that a card's front matter points at; None where it is no card of a published folder.
+    """The version that a card's front matter points at.
+
+    None: it is no card of a published folder.
 
     Raises:
         IntegrityError: it points at several.
@@ -258,7 +266,7 @@ def _refuse_links(files: Files, manifest: Manifest) -> None:
 
 
 def damaged_files(files: Files, manifest: Manifest) -> list[str]:
-    """Names, below the folder, of files that are missing or do not have the bytes that the manifest says."""
+    """Names, below the folder, of files that are missing or differ from the manifest."""
     found = []
     for file in manifest.files:
         name = f"{manifest.version}/{file.name}"

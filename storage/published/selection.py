@@ -1,4 +1,7 @@
-"""Which snapshots an export takes: the one named, the only one chosen before, or all that the store holds."""
+"""Which snapshots an export takes.
+
+It takes the one named, the only one chosen before, or all that the store holds.
+"""
 
 from collections.abc import Iterable
 
@@ -15,8 +18,8 @@ def find_snapshots(store: Store, name: str | None) -> dict[str, Snapshot]:
 
     Args:
         store: Where training runs and exports left their snapshots.
-        name: Id of one, or its unique beginning; None: the only one that a student was trained on or
-            a recipe exported, and where there is none all that the store holds.
+        name: Id of one, or its unique beginning; None: the only one that a student was trained on
+            or a recipe exported, and where there is none all that the store holds.
 
     Raises:
         UsageError: no such snapshot, or several (lists them); or nobody can know which rows are

@@ -36,7 +36,7 @@ class PublishedFile(ShardFile):
         return dict(about)
 
     def _read_as(self) -> pa.Schema:
-        """As stored, with the columns that later versions added to its table: null in what was published before."""
+        """The stored columns and those that later versions added, which are null here."""
         version, table = self.about["format_version"], self.about["table"]
         later = [
             field

@@ -1,8 +1,8 @@
-"""The order in which samples were asked for, laid over rows that lie in shards as they were committed.
+"""The order in which samples were asked for, laid over rows as they were committed.
 
-Workers commit what they finish, when they finish it. So which shard has a row, and where, depends on
-how many there were and on their speed; what was asked for does not. The order is cut into groups that
-are read together, by what the samples take and nothing else.
+Workers commit what they finish, when they finish it. So which shard has a row, and where, depends
+on how many there were and on their speed; what was asked for does not. The order is cut into groups
+that are read together, by what the samples take and nothing else.
 """
 
 import numpy as np
@@ -14,7 +14,8 @@ from .snapshot import AskedOrder, Snapshot, with_order
 GROUP_ROWS = 256
 """Samples of a group, at most."""
 MOST_READS = 8
-"""Of a row group in an epoch, on average; where rows lie more scattered, the order is that of their commits."""
+"""How often a row group is read in an epoch, on average. Where rows lie more scattered, the order
+is that of their commits."""
 
 
 def in_asked_order(snapshot: Snapshot, samples: np.ndarray, sizes: np.ndarray) -> Snapshot:

@@ -1,12 +1,15 @@
-"""Rows of features that go with the samples of a snapshot: where each is, and reading them one by one.
+"""Rows of features that go with the samples of a snapshot.
+
+This module finds where each is, and reads them one by one.
 
 The features of a training are a snapshot of their own, so that they stay as long as it names them.
-`companion_places` joins the two by `text_key`: of each sample, in the snapshot's own order, and each
-feature, in which shard and which row it is. That is worked out once a training and kept in a file of
-8 bytes each, which is mapped, not read. While it is made about 60 bytes a sample are in memory.
-A text is named by its own tokens then, whatever the sample's row says, and what was found has to fit it.
+`companion_places` joins the two by `text_key`: of each sample, in the snapshot's own order, and
+each feature, in which shard and which row it is. That is worked out once a training and kept in a
+file of 8 bytes each, which is mapped, not read. While it is made about 60 bytes a sample are in
+memory. A text is named by its own tokens then, whatever the sample's row says, and what was found
+has to fit it.
 
-Read are single rows, in any order. A row group has 1 MiB of them (or one row), and those read last
+Single rows are read, in any order. A row group has 1 MiB of them (or one row), and those read last
 stay decoded up to `HELD_BYTES`: in the order of training neighbours share row groups as the windows
 of samples do.
 """
@@ -38,8 +41,8 @@ Wanted = Sequence[tuple[str, int]]
 """Kind and layer of each feature."""
 
 HELP = (
-    "The file is as it was sealed, so `stillroom repair` cannot mend it: capture the features again "
-    "into another store (storage.dir)."
+    "The file is as it was sealed, so `stillroom repair` cannot mend it: capture the features "
+    "again into another store (storage.dir)."
 )
 _NAME = ("text_key", "kind", "layer")
 _COLUMNS = (
@@ -66,7 +69,8 @@ def companion_places(
 
     Raises:
         UsageError: a sample lacks one.
-        IntegrityError: one is there twice, is not of all tokens of its text, or as wide as no other.
+        IntegrityError: one is there twice, is not of all tokens of its text, or as wide as no
+            other.
     """
     texts, tokens = _texts(store, samples)
     found = _indexed(store, features)
@@ -78,8 +82,8 @@ def companion_places(
         if at.null_count:
             raise UsageError(
                 f"snapshot {samples.id}: {at.null_count} of its {len(texts)} samples have no "
-                f"{kind} of layer {layer} in the store. Leave train.snapshot out, and `stillroom run` "
-                "captures what is missing; or leave loss.features out."
+                f"{kind} of layer {layer} in the store. Leave train.snapshot out, and "
+                "`stillroom run` captures what is missing; or leave loss.features out."
             )
         mine = mine.take(at)
         _refuse_unfit(store, features, mine, tokens)
@@ -136,8 +140,8 @@ def _refuse_unfit(store: Store, features: Snapshot, mine: pa.Table, tokens: np.n
     )
     raise IntegrityError(
         f"{_row_named(store, features, mine.slice(row, 1).to_pylist()[0])}: {said}, expected one "
-        f"for {'the text' if whole else f'each of its {tokens[row]} tokens'}, of {width[0]} numbers. "
-        f"{HELP}"
+        f"for {'the text' if whole else f'each of its {tokens[row]} tokens'}, of {width[0]} "
+        f"numbers. {HELP}"
     )
 
 
@@ -159,7 +163,10 @@ class RowsBeside:
         self._files: OrderedDict[int, ShardFile] = OrderedDict()
 
     def row(self, place: int) -> dict[str, Any]:
-        """The row at a place: shard (its number in the snapshot) above 32 bits, row of the shard below.
+        """The row at a place, page checksums verified.
+
+        A place is the shard (its number in the snapshot) above 32 bits, and the row of the shard
+        below.
 
         Page checksums are verified.
 

@@ -1,10 +1,13 @@
-"""The order of samples: a pure function of snapshot, seed and epoch, made of windows so that reading stays local.
+"""The order of samples: a pure function of snapshot, seed and epoch.
+
+It is made of windows, so that reading stays local.
 
 Groups of samples are permuted and taken `window` at a time; within a window the samples are
 permuted. A snapshot that says in which order its samples were asked for says its groups too, and
-then it plays no part which shard and which row group has a sample: so several workers of the teacher
-give the order that one gives. Of others the groups are the row groups. World size, workers and
-clocks play no part either, so a run goes on exactly where it stopped, on any number of machines.
+then it plays no part which shard and which row group has a sample: so several workers of the
+teacher give the order that one gives. Of others the groups are the row groups. World size, workers
+and clocks play no part either, so a run goes on exactly where it stopped, on any number of
+machines.
 
 Samples are numbered through all epochs: number n is sample n % rows of epoch n // rows.
 """
@@ -41,7 +44,7 @@ class Window:
 
 
 class Order:
-    """The row groups of a snapshot that hold chosen rows (G of them), and the order of their samples."""
+    """The G row groups of a snapshot that hold chosen rows, and the order of their samples."""
 
     def __init__(self, snapshot: Snapshot, *, window: int = WINDOW) -> None:
         self._snapshot, self._window = snapshot, window
@@ -73,7 +76,10 @@ class Order:
         self._edges = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])  # of the groups
 
     def windows(self, *, seed: int, start: int = 0) -> Iterator[Window]:
-        """From the window that holds sample `start` on, without end; those before it are not made."""
+        """The windows from the one that holds sample `start` on, without end.
+
+        Those before it are not made.
+        """
         while self.rows:
             epoch, offset = divmod(start, self.rows)
             name = self._name | {"seed": seed, "epoch": epoch, "window": self._window}
@@ -88,7 +94,9 @@ class Order:
             start = (epoch + 1) * self.rows
 
     def numbered(self, group: int, rows: np.ndarray) -> np.ndarray:
-        """What number a row group's rows are among the snapshot's own, shard after shard, whatever the seed.
+        """The numbers of a row group's rows among the snapshot's own, shard after shard.
+
+        They do not depend on the seed.
 
         Args:
             group: Index into the row groups.
@@ -110,7 +118,7 @@ class Order:
         return {"order": "as asked for", "rows": self.rows}
 
     def _edges_of_windows(self, groups: np.ndarray) -> np.ndarray:
-        """Which samples of an epoch each window holds: window w has `edges[w]` to `edges[w + 1]`."""
+        """The samples of an epoch that window w holds: those from `edges[w]` to `edges[w + 1]`."""
         lengths = np.diff(self._edges)[groups]
         firsts = np.arange(0, len(groups), self._window)
         sums = np.add.reduceat(lengths, firsts)

@@ -1,8 +1,8 @@
 """Rows of several teachers that are one sample: where each teacher's row of each sample is.
 
-The snapshot of a training has one row a sample, so order, cursor and lengths are as with one teacher. What
-the other teachers said of the same tokens is in a second snapshot, whose rows stay as long as it names
-them. The two are joined by `tokens_key`: token ids, spans and label alike.
+The snapshot of a training has one row a sample, so order, cursor and lengths are as with one
+teacher. What the other teachers said of the same tokens is in a second snapshot, whose rows stay as
+long as it names them. The two are joined by `tokens_key`: token ids, spans and label alike.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,10 @@ _ROW_BITS = 32
 def partner_places(
     store: Store, samples: Snapshot, partners: Snapshot | None, teachers: Sequence[str]
 ) -> np.ndarray:
-    """[N, J] int64: shard of `partners` (its number there) above 32 bits, row of the shard below; or `NONE`, `ITSELF`.
+    """[N, J] int64: where each teacher's row of each sample is.
+
+    A number holds the shard of `partners` (its number there) above 32 bits and the row of the shard
+    below. It is `NONE` without a row, and `ITSELF` where the sample is the teacher's row.
 
     Args:
         store: Of both.

@@ -1,4 +1,4 @@
-"""Reading a snapshot in training order: row groups are decoded by a few threads, a bounded way ahead.
+"""The reading of a snapshot in training order. A few threads decode row groups ahead.
 
 Row groups of the current window stay decoded until its last sample is handed out, and at most a
 window of them is read ahead: at most two windows exist at once, 2 x 16 row groups of 24 MiB (more
@@ -31,7 +31,10 @@ THREAD_NAME = "stillroom-read-ahead"
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Part:
-    """What is asked for of one window: row groups in the order of first need, and where each sample is in them."""
+    """What is asked for of one window: its row groups, and where each sample is in them.
+
+    The row groups are in the order of first need.
+    """
 
     groups: list[tuple[int, np.ndarray]]
     """Index into the order's row groups; the rows wanted of it, ascending."""
@@ -40,7 +43,7 @@ class _Part:
 
 
 class SnapshotReader:
-    """Samples of a snapshot in training order, by their numbers through all epochs (see `order`)."""
+    """Samples of a snapshot in training order, by number through all epochs (see `order`)."""
 
     def __init__(
         self,
@@ -50,7 +53,9 @@ class SnapshotReader:
         *,
         decode: Callable[[Rows, np.ndarray], Any] = lambda rows, numbers: rows,
     ) -> None:
-        """`decode` makes a list of samples of a row group's rows, in a thread that reads; else they are dicts.
+        """`decode` makes a list of samples of a row group's rows, in a thread that reads.
+
+        Without it samples are dicts.
 
         It is told the numbers of the rows too, as `Order.numbered` counts them.
         """
@@ -152,7 +157,10 @@ def _samples(parts: Iterable[_Part], loads: "_ReadAhead") -> Iterator[Any]:
 
 
 class _ReadAhead:
-    """The results of some loads, in order, made by `THREADS`; once started, at most `WINDOW` of them wait."""
+    """The results of some loads, in order, made by `THREADS`.
+
+    Once started, at most `WINDOW` of them wait.
+    """
 
     def __init__(self, load: Callable[..., Any], jobs: Iterator[tuple[int, np.ndarray]]) -> None:
         self._load, self._jobs = load, jobs

@@ -17,7 +17,8 @@ from ..tables.schema import RECORD_VERSION, SCHEMAS, TableName
 from ..tables.shard import ShardFile
 
 _UNPROVED = 1 << 24
-"""Rows that a snapshot may list before the records of its shards are asked whether they have as many."""
+"""A snapshot that lists more rows is compared with the records of its shards before its runs are
+unrolled."""
 
 _AGAIN = "Restore the file or make it again."
 _NONE = np.empty(0, np.int32)
@@ -229,7 +230,7 @@ def _prove_lengths(
 
 
 def _checked_order(record: Mapping[str, Any], rows: int) -> dict[str, Any]:
-    """What a record says of an order: each sample is there once, and its groups have all of them."""
+    """What a record says of an order: each sample is there once, in one group."""
     if "order" not in record:
         return {}
     runs, groups = record["order"], record["groups"]
@@ -263,7 +264,7 @@ def _runs(rows: np.ndarray) -> list[list[int]]:
 
 
 def _rows(shards: Sequence[list[list[int]]]) -> list[np.ndarray]:
-    """The rows of each shard's runs; of all shards at once, for a snapshot may hold thousands of them."""
+    """The rows of each shard's runs, of all shards at once: a snapshot may hold thousands."""
     if not len(shards):
         return []
     runs = np.array([run for runs in shards for run in runs], dtype=np.int64).reshape(-1, 2)

@@ -1,4 +1,4 @@
-"""Bindings: the ids that a recipe's names stood for, one record each time they changed; the newest counts.
+"""Bindings: the ids that a recipe's names stood for. The newest record counts.
 
 A recipe names a model and a source; what lies under these names may change. `bindings/<names>/`
 holds what they stood for, counted up from 00000000.json.
@@ -32,7 +32,8 @@ class Binding:
     context_tokens: int
     author_context_tokens: int
     day: str | None = None
-    """What a chat template that reads the clock is told, as 2026-11-29; None: it does not read it."""
+    """The day that a chat template which reads the clock is told, as 2026-11-29. None: it reads
+    none."""
     imported: bool = False
     """Whether the rows came with `stillroom import`: nobody can make reference targets of held-out
     rows."""
@@ -59,7 +60,10 @@ def _next(files: Files, folder: str) -> str:
 
 
 def bound_engine(files: Files, teacher_id: str) -> str | None:
-    """What runs a teacher for all that share a store, as the first worker decided; None: nobody has yet."""
+    """What runs a teacher for all that share a store, as the first worker decided.
+
+    None: nobody has decided yet.
+    """
     name = _engine_file(teacher_id)
     try:
         record = unseal(files.read(name), name)

@@ -1,8 +1,10 @@
-"""The commit log of one table: numbered records, each put in place once, that say which shards exist.
+"""The commit log of one table: numbered records that say which shards exist.
 
-Contents of a table = commit records minus retired records. Nothing else counts: a data file without
-a record is not there. A writer appends by putting the next number; whoever loses that race reads
-the winner's record and tries again.
+Each is put in place once.
+
+The contents of a table are its commit records minus the retired ones. Nothing else counts: a data
+file without a record is not there. A writer appends by putting the next number; whoever loses that
+race reads the winner's record and tries again.
 """
 
 import base64
@@ -149,7 +151,7 @@ class CommitLog:
         return [self._live[seq] for seq in range(first, self.next) if seq in self._live]
 
     def advance(self) -> None:
-        """Read the records that follow those known, asking for each by name: cheap, but blind to withdrawals."""
+        """Read the records after the known ones, each by name: cheap, but blind to withdrawals."""
         while (record := read_commit(self._files, self.table, self.next)) is not None:
             self._add([record])
             self.next += 1
@@ -208,7 +210,10 @@ def withdrawal(table: TableName, seq: int, *, reason: str) -> bytes:
 
 
 def read_commit(files: Files, table: TableName, seq: int) -> tuple[Commit, bytes] | None:
-    """One record, checked, and the keys of its rows, 16 bytes each; None if there is none under this number."""
+    """One record, checked, and the keys of its rows, 16 bytes each.
+
+    None: there is none under this number.
+    """
     try:
         return _read_record(files.read(record_name(table, seq)), table, seq)
     except FileNotFoundError:

@@ -1,6 +1,8 @@
-"""The index: what a plan asks of every committed row, as DuckDB views over segments and the newest commits.
+"""The index: what a plan asks of every committed row.
 
-For Stillroom's own questions; `sql.py` is for those of people.
+It is DuckDB views over segments and the newest commits.
+
+It is for Stillroom's own questions; `sql.py` is for those of people.
 """
 
 import os
@@ -68,7 +70,9 @@ class Index:
         self._connection.register(name, table)
 
     def inputs(self, files: Files, inputs: Inputs) -> str:
-        """A FROM clause that reads a record of inputs, its sha256 and columns verified: DuckDB checks no page.
+        """A FROM clause that reads a record of inputs, its sha256 and columns verified.
+
+        DuckDB checks no page itself.
 
         Raises:
             IntegrityError: the file is missing or damaged, or holds something else.
@@ -163,7 +167,8 @@ def limit(connection: duckdb.DuckDBPyConnection, *, defaults: Mapping[str, str])
             connection.execute(f"SET {setting} = ?", [size])
         except duckdb.Error as error:
             raise UsageError(
-                f"{variable}: {size!a} is no size. Write one as {defaults[setting]}, or leave it out."
+                f"{variable}: {size!a} is no size. Write one as {defaults[setting]}, or leave it "
+                "out."
             ) from error
 
 
@@ -184,7 +189,7 @@ def _explained() -> Iterator[None]:
 
 
 def as_uuid(column: str) -> str:
-    """A column of keys as 128-bit numbers: DuckDB joins them in a third of the memory that it takes for bytes."""
+    """A column of keys as 128-bit numbers, which DuckDB joins in a third of the memory of bytes."""
     return f"{column}::UUID AS {column}"
 
 

@@ -1,6 +1,6 @@
 """Inputs: which prompts a recipe's data are, and in which split.
 
-One record and one Parquet file per `data_id`.
+Each `data_id` has one record and one Parquet file.
 """
 
 from collections.abc import Mapping
@@ -26,7 +26,8 @@ INPUTS_SCHEMA = pa.schema(
     ]
 )
 SOURCE = pa.field("source", pa.string())
-"""A column more, where the recipe asks which file a prompt is of: a row of `prompts` says who read it first."""
+"""One more column, where the recipe asks which file a prompt is of: a row of `prompts` says who
+read it first."""
 _GROUP_ROWS = 1 << 18
 
 
@@ -107,7 +108,9 @@ def inputs_file(files: Files, inputs: Inputs) -> ShardFile:
 
 
 def inputs_table(files: Files, inputs: Inputs) -> pa.Table:
-    """The inputs: key, prompt_key, split (train or test), windows (of a cut text), first (of the rows of a prompt).
+    """The inputs: key, prompt_key, split (train or test), windows and first.
+
+    `windows` says into how many a text was cut, `first` whether a row is the first of its prompt.
 
     `source` too, where it is there.
     """

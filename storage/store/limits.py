@@ -1,4 +1,7 @@
-"""What DuckDB may hold: in memory, and beyond that on disk. Two environment variables say how much."""
+"""What DuckDB may hold in memory, and beyond that on disk.
+
+Two environment variables say how much.
+"""
 
 SETTINGS = {
     "STILLROOM_SQL_MEMORY": "memory_limit",

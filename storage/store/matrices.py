@@ -1,7 +1,7 @@
 """Matrices that rows or a teacher are read with: each kept once, in a file named by its content.
 
-    matrices/<name>.json                     what it is, and the file that has it: a sealed record
-    matrices/<2 digits>/<32 digits>.npy      its numbers [R, C] as numpy writes them, by their sha256
+    matrices/<name>.json                   what it is, and the file that has it: a sealed record
+    matrices/<2 digits>/<32 digits>.npy    its numbers [R, C] as numpy writes them, by sha256
 
 A name is a hash of what the matrix is: a teacher's embeddings, a projection of one shape and seed.
 Whoever makes it first decides its numbers: it is read back from the store, never made again, as

@@ -1,8 +1,10 @@
-"""Index segments: a few columns of the rows of 256 commits in one Parquet file, so that a plan opens no shard twice.
+"""Index segments: a few columns of the rows of 256 commits in one Parquet file.
 
-A cache: made from records and shards, made again when missing, damaged or out of date. A segment's
-name holds the hash of the commits it covers and the sha256 of its own bytes, so one that is not
-what it should be is never used.
+So a plan opens no shard twice.
+
+They are a cache: made from records and shards, made again when missing, damaged or out of date. A
+segment's name holds the hash of the commits it covers and the sha256 of its own bytes, so one that
+is not what it should be is never used.
 """
 
 import hashlib
@@ -74,7 +76,10 @@ def place_of(seq: int, row: int) -> int:
 
 
 def complete(commits: Sequence[Commit]) -> Iterator[Sequence[Commit]]:
-    """The live commits, oldest first, by segment; those of a segment that is not full yet are left out."""
+    """The live commits, oldest first, by segment.
+
+    The last segment is left out while it is not full.
+    """
     last = commits[-1].seq if commits else -1
     start = 0
     for number in range((last + 1) // SEGMENT):
@@ -136,7 +141,7 @@ class Segments:
             return False
 
     def _is_of(self, path: Path, commits: Sequence[Commit]) -> bool:
-        """Whether a file has as many rows as these commits, and places within theirs, by its footer."""
+        """Whether a file has, by its footer, the rows of these commits and places within them."""
         metadata = pq.read_metadata(path)
         if metadata.num_rows != sum(commit.shard.rows for commit in commits):
             return False
@@ -167,7 +172,7 @@ class Segments:
 
 
 def keep_last_segment(files: Files, log: CommitLog) -> None:
-    """Make the segment that the newest commit completes, if it completes one, so that a plan finds it made."""
+    """Make the segment that the newest commit completes, if any, so that a plan finds it."""
     if log.next % SEGMENT:
         return
     commits = log.live(log.next - SEGMENT)

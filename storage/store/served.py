@@ -1,4 +1,7 @@
-"""Who answered for an author that is an endpoint: a record for each model and fingerprint, beside its identity."""
+"""Who answered for an author that is an endpoint.
+
+There is a record for each model and fingerprint, beside the author's identity.
+"""
 
 from ..files.base import Files
 from ..keys import content_id, seal, unseal

@@ -1,7 +1,9 @@
-"""SQL over a store: DuckDB views of what is committed, in memory, shut off from other files and from the network.
+"""SQL over a store: DuckDB views of what is committed, in memory.
 
-For looking and for choosing rows. DuckDB does not verify page checksums; `Store` and `verify` do.
-A signal ends a statement (`stopping.py`), and `limits.py` bounds what it may hold.
+The views see no other file and no network.
+
+They are for looking and for choosing rows. DuckDB does not verify page checksums; `Store` and
+`verify` do. A signal ends a statement (`stopping.py`), and `limits.py` bounds what it may hold.
 """
 
 import json
@@ -103,7 +105,10 @@ def query(store: Store, sql: str) -> pa.Table:
 
 
 def first_rows(store: Store, sql: str, *, most: int) -> tuple[pa.Table, bool]:
-    """The first rows of one SELECT over the views, and whether these are all; no more than these are made."""
+    """The first rows of one SELECT over the views, and whether these are all.
+
+    DuckDB makes no more rows than these.
+    """
     with connected(store) as connection, explained():
         _check_select(connection, sql)
         rows = stoppable(connection, lambda: connection.sql(sql).limit(most + 1).to_arrow_table())
@@ -152,7 +157,7 @@ def explained(command: str = "query") -> Iterator[None]:
 def _make_view(
     connection: duckdb.DuckDBPyConnection, name: str, schema: pa.Schema, selects: Sequence[str]
 ) -> None:
-    """A view of what some queries select, with all columns: one that came later is null in rows of before it."""
+    """A view of what some queries select, with all columns: later ones are null in older rows."""
     connection.from_arrow(schema.empty_table()).create(f"no_{name}")
     parts = [f"SELECT * FROM no_{name}", *selects]
     sql = f"CREATE VIEW {name} AS {' UNION ALL BY NAME '.join(parts)}"
@@ -204,7 +209,7 @@ def _quoted(value: Path | str) -> str:
 
 
 class _Shards(AbstractFileSystem):  # type: ignore[misc]  # fsspec carries no types
-    """What DuckDB sees of object stores: the files that records name, with the sizes that they give."""
+    """What DuckDB sees of object stores: the files that records name, with the sizes they give."""
 
     ROOT = "stillroom://store"
     protocol = "stillroom"
@@ -239,7 +244,7 @@ class _Shards(AbstractFileSystem):  # type: ignore[misc]  # fsspec carries no ty
 
 
 class _Sight:
-    """What of some stores DuckDB may see: where they lie, and a SELECT for each table of each store."""
+    """What of some stores DuckDB may see: their places, and a SELECT for each table of each."""
 
     def __init__(self) -> None:
         self.system = _Shards()

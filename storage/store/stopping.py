@@ -64,7 +64,9 @@ class _Statement(threading.Thread):
 
 
 def stoppable(connection: Any, work: Callable[[], T]) -> T:
-    """What `work` returns, which is all that this connection does meanwhile; its errors are raised here.
+    """What `work` returns. This connection does nothing else meanwhile.
+
+    Errors of `work` are raised here.
 
     Raises:
         Stopped: `stop_statements` was called.
@@ -89,11 +91,14 @@ def stoppable(connection: Any, work: Callable[[], T]) -> T:
 
 
 def at_work() -> bool:
-    """Whether a statement works on that was given up: the process can only end without waiting for it."""
+    """Whether a statement that was given up still works.
+
+    Then the process can only end without waiting for it.
+    """
     return any(isinstance(thread, _Statement) for thread in threading.enumerate())
 
 
 def stop_statements() -> None:
-    """Interrupt every statement of this process; for the handler of a signal that raises nothing."""
+    """Interrupt every statement of this process, for a signal handler that raises nothing."""
     for statement in list(_working):
         statement.stop()

@@ -45,7 +45,10 @@ class Store:
 
     @classmethod
     def open(cls, root: Path | str, *, create: bool = False) -> "Store":
-        """Open the store in a folder or below a URL; with `create`, to write in it: make it if nothing is there."""
+        """Open the store in a folder or below a URL.
+
+        With `create` it is opened for writing, and made if nothing is there.
+        """
         return cls.from_files(open_files(root), create=create)
 
     @classmethod
@@ -56,15 +59,16 @@ class Store:
         if not files.exists(MARKER):
             raise UsageError(
                 f"{files.root}: no store here (no {MARKER} found). Check the path, or run a "
-                "recipe first. A published folder is no store: it is checked where a recipe names it "
-                "in storage.sources."
+                "recipe first. A published folder is no store: it is checked where a recipe names "
+                "it in storage.sources."
             )
         try:
             marker = parsed(files.read(MARKER))
             version, store_id = marker["format_version"], str(marker["store_id"])
         except (ValueError, TypeError, KeyError) as error:
             raise IntegrityError(
-                f"{files.root}/{MARKER}: the marker is damaged ({error!r}). Write it again, with any id: "
+                f"{files.root}/{MARKER}: the marker is damaged ({error!r}). Write it again, with "
+                "any id: "
                 f'{{"format_version": {STORE_VERSION}, "store_id": "..."}}'
             ) from error
         if version not in range(1, STORE_VERSION + 1):
@@ -84,7 +88,7 @@ class Store:
 
     @property
     def parts(self) -> list[tuple["Store", int]]:
-        """What it is made of: stores, and the number from which on the commits of each are counted here."""
+        """Its stores, and the number from which the commits of each are counted here."""
         return [(self, 0)]
 
     def commits(self, table: TableName) -> list[Commit]:
@@ -125,7 +129,7 @@ class Store:
         return retire(self.files, commit.table, commit.seq, reason=reason)
 
     def index(self, table: TableName, columns: Sequence[str]) -> pa.Table:
-        """Some columns of every committed row, with `shard` (its sha256) and `row` (index in the shard)."""
+        """Some columns of every committed row, with `shard` (its sha256) and `row` (its place)."""
         chosen = [SCHEMAS[table].field(name).remove_metadata() for name in columns]
         schema = pa.schema([*chosen, pa.field("shard", pa.string()), pa.field("row", pa.int32())])
         parts = [schema.empty_table()]
@@ -148,7 +152,10 @@ class Store:
         places: Mapping[str, Sequence[int] | np.ndarray],
         columns: Sequence[str] | None = None,
     ) -> Iterator[dict[str, Any]]:
-        """Rows by shard sha256 and row index, in the order given; numeric lists are numpy arrays."""
+        """Rows by shard sha256 and row index, in the order given.
+
+        Numeric lists are numpy arrays.
+        """
         for sha256, rows in places.items():
             yield from self.shard(table, sha256).take(rows, columns)
 
@@ -203,7 +210,7 @@ class Store:
         keep_matrix(self.files, name, matrix, about)
 
     def matrix_named(self, name: str) -> KeptMatrix | None:
-        """The record of the matrix that is kept under a name, here or in a source; None: there is none."""
+        """The record of the matrix that is kept under a name, here or in a source, or None."""
         found = (kept_matrix(part.files, name) for part, _ in self.parts)
         return next((record for record in found if record is not None), None)
 

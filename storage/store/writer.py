@@ -1,4 +1,6 @@
-"""The writer of one table: gathers rows, and commits them as a shard every so many rows, seconds or bytes.
+"""The writer of one table: it gathers rows and commits them as shards.
+
+A shard is due every so many rows, seconds or bytes.
 
 A shard is made (encoded, hashed, synced, read back) in a thread of the writer, while its owner goes
 on with the next rows; Arrow, the hash and the disk leave Python to others meanwhile. The commit
@@ -53,7 +55,7 @@ class _Making:
 class ShardWriter:
     """Adds rows to a table, each key once, whoever else writes.
 
-    Not for several threads; open one per thread.
+    A writer is for one thread: open one per thread.
 
     Use as a context manager: leaving the block commits what is finished, also when an exception
     leaves it. What goes wrong while a shard is made is raised by the next call of `add`, `tick` or
@@ -135,7 +137,10 @@ class ShardWriter:
         self._log.advance()
 
     def tick(self) -> None:
-        """Commit a shard that is made, and make one if the time is up; call it while waiting for rows."""
+        """Commit a shard that is made, and make one if the time is up.
+
+        It is called while waiting for rows.
+        """
         if self._making is not None and self._making.shard.done():
             self._commit()
         if self._waiting and time.monotonic() - self._oldest >= self._limits.seconds:

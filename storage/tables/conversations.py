@@ -1,4 +1,4 @@
-"""Conversations in rows of `prompts`: role and text in typed columns, the rest of a message as JSON beside them."""
+"""Conversations in rows of `prompts`: role and text in typed columns, the rest as JSON."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +29,10 @@ class Conversation:
 
 
 def message_columns(messages: Sequence[Message]) -> dict[str, Any]:
-    """The columns `messages` and `message_fields`; the second is None where every message is a role and a text."""
+    """The columns `messages` and `message_fields`.
+
+    The second is None where every message is a role and a text.
+    """
     fields = [_fields(message) for message in messages]
     return {
         "messages": [{"role": m["role"], "content": _text(m)} for m in messages],

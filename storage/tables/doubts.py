@@ -1,9 +1,10 @@
 """Doubts: bounds that the numbers of a stored row must keep, each with its equation.
 
-`verify` asks for them, and whoever is about to learn from rows, of a row or of many as one long row.
+`verify` asks for them, and whoever is about to learn from rows, of a row or of many as one long
+row.
 
-N scored tokens, K entries, V outcomes (ids of the vocabulary, or classes), b mantissa bits, p_ni the
-teacher's probability of id i at position n. All log-probabilities are natural.
+N scored tokens, K entries, V outcomes (ids of the vocabulary, or classes), b mantissa bits, p_ni
+the teacher's probability of id i at position n. All log-probabilities are natural.
 
 Where the tolerances come from: rounding moves a stored number l by at most |l| 2^-(b+1), so two of
 them that should be equal differ by at most |l| 2^-b; and the teacher computed in half precision, so
@@ -175,7 +176,9 @@ def _means(values: np.ndarray, edges: np.ndarray) -> np.ndarray:
 def _doubtful_nucleus(
     row: Mapping[str, Any], stated: _Stated, held: np.ndarray, tolerance: np.ndarray
 ) -> Iterator[Doubt]:
-    """`topp` keeps the fewest entries that hold a mass of p: all of them reach it, all but the last do not.
+    """`topp` keeps the fewest entries that hold a mass of p.
+
+    So all entries reach p, and all but the last do not.
 
     Fewer than k of them, or more than k_min, are there for no other reason.
     """
@@ -225,7 +228,7 @@ def _misplaced(targets: SoftTargets, stated: _Stated, tokens: np.ndarray, bits: 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Outside:
-    """What is no entry at each of N positions: n ids that hold a mass of m, none of them more than c."""
+    """What is no entry at each of N positions: n ids of mass m together, none above c."""
 
     n: np.ndarray
     """[N] ids."""
@@ -248,7 +251,7 @@ class _Outside:
 def _doubtful_temperatures(
     targets: SoftTargets, stated: _Stated | None, vocabulary: int, bits: int
 ) -> Iterator[Doubt]:
-    """Each tempered tail must be a sum that the ids outside the entries can have at its temperature."""
+    """Each tempered tail must be a sum that the ids outside the entries can have."""
     temperatures, tails = targets.temperatures, targets.tempered_tails
     if temperatures is None or tails is None:
         return
@@ -288,10 +291,10 @@ def _can_be(log_sums: np.ndarray, outside: _Outside, temperature: float, bits: i
 def _doubtful_draws(
     row: Mapping[str, Any], targets: SoftTargets, tokens: np.ndarray, edges: np.ndarray
 ) -> Iterator[Doubt]:
-    """The tokens that are there must be among the draws about as often as their probabilities q say.
+    """Tokens must be among the draws about as often as their probabilities q say.
 
-    Asked of each row, and of all rows of a long one together: draws that are another row's may be no
-    surprise in one, and are in a hundred.
+    This is asked of each row, and of all rows of a long one together: draws that are another row's
+    may be no surprise in one, and are in a hundred.
     """
     if targets.weights is not None:
         if not (row["weights"] > 0).all() or not np.isfinite(row["weights"]).all():
@@ -303,7 +306,8 @@ def _doubtful_draws(
         log_q = log_q / targets.temperatures[0] - targets.tempered_tails[:, 0]
     q, k = np.exp(np.minimum(log_q, 0.0)), row["k"]
 
-    # The chance that k draws hold the token. Systematic: k evenly spaced points, an interval q wide.
+    # The chance that k draws hold the token.
+    # Systematic: k evenly spaced points, an interval q wide.
     held = np.minimum(1.0, k * q) if row["draw"] == "systematic" else 1 - (1 - q) ** k
     hits = np.any(targets.ids == tokens[:, None], axis=1).astype(np.int64)
 

@@ -1,19 +1,24 @@
-"""Features as they are stored: states [P, D] rounded to int8 with a scale per vector, to float16, or as they are.
+"""Features as they are stored: states [P, D], rounded or as they are.
 
-    int8       s_p = max_d |x_pd| / 127      q_pd = round(x_pd / s_p)      x_pd ~ s_p q_pd, off by s_p / 2 at most
-    float16    q_pd = float16(x_pd)          off by |x_pd| 2^-11 at most; nothing above 65,504 can be stored
+They are rounded to int8 with a scale per vector, or to float16.
+
+    int8       s_p = max_d |x_pd| / 127    q_pd = round(x_pd / s_p)    x_pd ~ s_p q_pd,
+                                                                       off by s_p / 2 at most
+    float16    q_pd = float16(x_pd)        off by |x_pd| 2^-11 at most; nothing above 65,504
+                                           can be stored
     float32    q_pd = x_pd
 
-The error of a row is that of all its numbers together: sqrt(sum (x' - x)^2 / sum x^2), with x' what is
-read back. int8 with one scale misses most where a few channels are far larger than the others.
+The error of a row is that of all its numbers together: sqrt(sum (x' - x)^2 / sum x^2), with x' what
+is read back. int8 with one scale misses most where a few channels are far larger than the others.
 
-Projected vectors are x P, P [D, d] a matrix that the store keeps: then the states that are rounded are
-those, and the kind says d (`values_256`). What projection itself costs is a number of its own, of the
-cosines between the tokens of a text before any rounding, over all pairs of them:
+Projected vectors are x P, P [D, d] a matrix that the store keeps. Then these are the states that
+are rounded, and the kind says d (`values_256`). What projection itself costs is a number of its
+own. It is of the cosines between the tokens of a text before any rounding, over all pairs of them:
 
     projection_error = sqrt(mean over i < j of (cos(x_i P, x_j P) - cos(x_i, x_j))^2)
 
-0 where a text has one token; the cosine of a vector of zeros with any other is 0. About 1 / sqrt(d).
+It is 0 where a text has one token; the cosine of a vector of zeros with any other is 0. It is about
+1 / sqrt(d).
 
 Letters: P positions, D numbers of a state, d of a projected one.
 """
@@ -44,7 +49,7 @@ PROJECTED = ("values",)
 NARROWED = ("projection", "projected_from", "projection_error")
 """Columns that rows of a projected kind have, and no others."""
 ERRORS = ("rounding_error", "projection_error")
-"""Columns that say how far off a row is; of those that it has, a shard says the mean and the most."""
+"""Columns that say how far off a row is. A shard says the mean and the most of those it has."""
 _PROJECTED = re.compile(rf"(?:{'|'.join(PROJECTED)})_([1-9][0-9]{{0,8}})")
 _MATRIX_ID = re.compile("[0-9a-f]{32}")
 _MOST = 127
@@ -132,8 +137,8 @@ class Rounded:
         expected = shape[0] * shape[1] * dtype.itemsize
         if min(shape) < 1 or len(row["values"]) != expected:
             raise IntegrityError(
-                f"features row: {len(row['values'])} bytes, expected {expected}: {shape[0]} vectors "
-                f"of {shape[1]} numbers ({row['dtype']})."
+                f"features row: {len(row['values'])} bytes, expected {expected}: {shape[0]} "
+                f"vectors of {shape[1]} numbers ({row['dtype']})."
             )
         scale = row.get("scale")
         found = None if scale is None else len(scale)
@@ -156,7 +161,7 @@ class Rounded:
         return float(np.sqrt(missed / whole)) if whole > 0 else 0.0
 
     def largest_error(self) -> float:
-        """What `error` can be at most, whatever was rounded to this: missed / (|x'| - missed), and 1."""
+        """What `error` can be at most, whatever was rounded: missed / (|x'| - missed), and 1."""
         restored = self.restored().astype(np.float64)
         missed = np.zeros_like(restored)
         if self.scale is not None:  # half a step; what is below the smallest scale becomes 0
@@ -184,7 +189,10 @@ def of_text(kind: str) -> bool:
 
 
 def made_kind(what: str, how: str | int | None) -> str:
-    """What a kind is called that was made of something else: `pooled_mean`, `values_256`; None: it is that itself."""
+    """The name of a kind that was made of another one: `pooled_mean`, `values_256`.
+
+    `how` is None for a kind itself.
+    """
     return what if how is None else f"{what}_{how}"
 
 
@@ -239,8 +247,8 @@ def _check_layout(row: Mapping[str, Any]) -> None:
     said = layout.score_scale is not None, layout.causal is not None
     if said != (kind == "queries",) * 2 or (layout.window is not None and kind != "queries"):
         raise IntegrityError(
-            f"features row: {kind} with score_scale {layout.score_scale}, causal {layout.causal} and "
-            f"window {layout.window}; queries have the first two, and nothing else has any."
+            f"features row: {kind} with score_scale {layout.score_scale}, causal {layout.causal} "
+            f"and window {layout.window}; queries have the first two, and nothing else has any."
         )
 
 
@@ -250,8 +258,8 @@ def _check_projection(row: Mapping[str, Any]) -> None:
     if [one is None for one in said.values()] != [to is None] * len(said):
         listed = ", ".join(f"{name} {one}" for name, one in said.items())
         raise IntegrityError(
-            f"features row: {kind} with {listed}; projected kinds have all of these, and nothing else "
-            "has any."
+            f"features row: {kind} with {listed}; projected kinds have all of these, and nothing "
+            "else has any."
         )
     if to is None:
         return
@@ -261,8 +269,8 @@ def _check_projection(row: Mapping[str, Any]) -> None:
         )
     if not row["width"] == to < said["projected_from"]:
         raise IntegrityError(
-            f"features row: {kind} of {row['width']} numbers, made of {said['projected_from']}; they "
-            f"have {to}, and had more before."
+            f"features row: {kind} of {row['width']} numbers, made of {said['projected_from']}; "
+            f"they have {to}, and had more before."
         )
 
 
@@ -276,7 +284,10 @@ def doubtful_features(row: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         return
     most = stored.largest_error() * 1.001 + 1e-6
     if not 0 <= row["rounding_error"] <= most:
-        said = f"says {row['rounding_error']:.3g}, rounding to {row['dtype']} misses {most:.3g} at most"
+        said = (
+            f"says {row['rounding_error']:.3g}, rounding to {row['dtype']} misses {most:.3g} at "
+            "most"
+        )
         yield "rounding_error", said
     off = row["projection_error"]
     if off is not None and not 0 <= off <= _COSINES_APART:
@@ -311,7 +322,10 @@ def _broken(stored: Rounded) -> Iterator[tuple[str, str]]:
 
 
 def feature_statistics(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """What a shard says of its features, by kind, layer and dtype: rows, vectors, mean and most of each of `ERRORS`."""
+    """What a shard says of its features, by kind, layer and dtype.
+
+    These are rows, vectors, and mean and most of each of `ERRORS`.
+    """
     found: dict[str, Any] = {}
     for row in rows:
         layer = "" if row["layer"] is None else f" {row['layer']}"

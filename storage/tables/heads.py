@@ -1,4 +1,4 @@
-"""The heads of teachers: what a target is over, which tokens a row has targets of, at which position each is said.
+"""The heads of teachers: what a target is over, which tokens have one, and where it is said.
 
 A shard names its head; one row each. Which models have it: `stages/recipe/tasks.py`.
 """
@@ -17,14 +17,14 @@ class Head:
     classes: bool = False
     """A target is over the classes that the shard names; else over the vocabulary."""
     whole_text: bool = False
-    """A row has one target, of the text as a whole, at its last token; else one for each token of its
-    spans."""
+    """A row has one target, of the whole text, at its last token. Else each token of its spans has
+    one."""
     shifted: bool = False
-    """A token's target is said at the position before it, where the token is not read yet; else at its
-    own."""
+    """A token's target is said at the position before it, where the token is not read yet. Else it
+    is said at its own."""
     masked: bool = False
-    """A token that has a target is hidden, or another one stands in its place: `token_ids` are what the
-    teacher read, and what was there stands in `labels`, known of each."""
+    """A token that has a target is hidden, or another one stands in its place. `token_ids` are what
+    the teacher read; `labels` hold what was there, known of each."""
     images: bool = False
     """A row is an image, which stands for a text of one token; else a text."""
 

@@ -1,7 +1,10 @@
-"""Invariants: the shape that a row must have, checked before it is written. Its numbers are for `doubts.py`.
+"""Invariants: the shape that a row must have, checked before it is written.
 
-Integers must agree exactly: so many targets as scored tokens, counts that sum to the draws. The rows
-of a shard are asked as few long rows (`runs`): neighbours of one kind, their lists one after another.
+What its numbers must keep is in `doubts.py`.
+
+Integers must agree exactly: so many targets as scored tokens, counts that sum to the draws. The
+rows of a shard are asked as few long rows (`runs`): neighbours of one kind, their lists one after
+another.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -71,7 +74,8 @@ def aligned_targets(
     _kind_columns(row)
     if STRUCTURES[row["kind"]].whole and k != outcomes(about):
         raise IntegrityError(
-            f"soft_targets row: kind {row['kind']!r} with k {k}, the vocabulary has {outcomes(about)}."
+            f"soft_targets row: kind {row['kind']!r} with k {k}, the vocabulary has "
+            f"{outcomes(about)}."
         )
     if row["teacher_id"] != about["teacher_id"]:
         raise IntegrityError(
@@ -146,7 +150,10 @@ def _check_whole_text(row: Mapping[str, Any]) -> None:
 
 
 def _check_classes(row: Mapping[str, Any], names: Sequence[str]) -> None:
-    """Targets over classes are whole, and gold labels are some of them: one of a text, or one a target (-1: none)."""
+    """Targets over classes are whole, and gold labels are some of the classes.
+
+    A text has one label, or each target has one (-1: none).
+    """
     if row["kind"] != "full":
         raise IntegrityError(
             f"soft_targets row: kind {row['kind']!r} over classes, expected 'full'."
@@ -157,7 +164,8 @@ def _check_classes(row: Mapping[str, Any], names: Sequence[str]) -> None:
     for label in found:
         if not 0 <= label < len(names):
             raise IntegrityError(
-                f"soft_targets row: label {label}, expected 0 to {len(names) - 1} ({', '.join(names)})."
+                f"soft_targets row: label {label}, expected 0 to {len(names) - 1} "
+                f"({', '.join(names)})."
             )
 
 
@@ -213,7 +221,10 @@ def _entry_numbers(row: Mapping[str, Any], targets: SoftTargets) -> None:
 
 
 def _check_temperatures(kind: str, targets: SoftTargets) -> None:
-    """Temperatures come with their sums, in order; sampled entries are of one, `full` needs none."""
+    """Temperatures come with their sums, in order.
+
+    Sampled entries have one temperature, `full` needs none.
+    """
     found, tails = targets.temperatures, targets.tempered_tails
     if found is None and tails is None:
         return
@@ -248,8 +259,8 @@ class Run:
     edges: np.ndarray
     """[R + 1] the targets of row r are `edges[r]` to `edges[r + 1]` of the long row's."""
     row: dict[str, Any] | None
-    """All of them as one; `kept_mass` (NaN: none) and `label` (-1: none) have a number for each. None: lengths
-    or spans of a row do not hold, so that they cannot be joined."""
+    """All of them as one; `kept_mass` (NaN: none) and `label` (-1: none) have a number for each.
+    None: lengths or spans of a row do not hold, so they cannot be joined."""
 
 
 def runs(rows: Rows, about: Mapping[str, Any]) -> Iterator[Run]:
@@ -302,7 +313,10 @@ class _Spans:
 
 
 def _joinable(rows: Rows, spans: _Spans, about: Mapping[str, Any]) -> np.ndarray:
-    """[R] whether lists have their lengths and spans lie in their row: what a long row would not show."""
+    """[R] whether lists have their lengths and spans lie in their row.
+
+    A long row would not show it.
+    """
     n, k = rows.numbers("span_tokens").astype(np.int64), rows.numbers("k").astype(np.int64)
     fits = aligned(rows, n, k) & (n >= 1) & (k >= 1)
     for name in ("labels", "tail_bound"):

@@ -1,4 +1,7 @@
-"""The kinds of soft targets as they are stored: one row each. What recipes say of them: `stages/recipe/kinds.py`."""
+"""The kinds of soft targets as they are stored: one row each.
+
+What recipes say of them is in `stages/recipe/kinds.py`.
+"""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,7 @@
-"""Row builders: one function for each kind of row, a keyword for each of its columns, so that nobody spells a row."""
+"""Row builders: one function for each kind of row, with a keyword for each column.
+
+So nobody spells a row.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict

@@ -1,4 +1,6 @@
-"""Rows between dicts and Arrow tables: checked against the schema on the way in, numpy arrays on the way out.
+"""Rows between dicts and Arrow tables.
+
+They are checked against the schema on the way in, and are numpy arrays on the way out.
 
 Numeric list columns are numpy arrays, everything else is plain Python.
 """
@@ -22,7 +24,11 @@ def is_numeric_list(kind: pa.DataType) -> bool:
 
 
 def check_row(table: TableName, row: Mapping[str, Any]) -> dict[str, Any]:
-    """The row with every column of its table, absent ones None; IntegrityError if it does not fit the table."""
+    """The row with every column of its table, absent ones None.
+
+    Raises:
+        IntegrityError: it does not fit the table.
+    """
     columns = _columns(table)
     if unknown := sorted(row.keys() - columns.keys()):
         raise IntegrityError(
@@ -38,7 +44,10 @@ def check_row(table: TableName, row: Mapping[str, Any]) -> dict[str, Any]:
 
 @cache
 def _columns(table: TableName) -> dict[str, tuple[bool, Any]]:
-    """Whether a column may be null, and the dtype of its lists or None: asked of Arrow once, not for every row."""
+    """Whether a column may be null, and the dtype of its lists or None.
+
+    Arrow is asked once, not for every row.
+    """
     return {
         field.name: (
             field.nullable,
@@ -116,7 +125,10 @@ def _list_column(kind: pa.ListType, values: list[np.ndarray | None]) -> pa.Array
 
 
 class Rows:
-    """The rows of an Arrow table, made when asked for; each array is the row's own, so it keeps no table alive."""
+    """The rows of an Arrow table, made when asked for.
+
+    Each array is the row's own, so it keeps no table alive.
+    """
 
     def __init__(self, table: pa.Table) -> None:
         self._length: int = table.num_rows
@@ -187,7 +199,10 @@ class Rows:
 
 
 def _refuse_nulls(name: str, values: pa.Array, offsets: np.ndarray) -> None:
-    """A list may be null, its numbers may not: no writer of ours makes such a file, and Parquet allows it."""
+    """A list may be null, its numbers may not.
+
+    No writer of ours makes such a file, but Parquet allows it.
+    """
     if values.null_count:
         first = values.is_null().index(True).as_py()
         row = int(np.searchsorted(offsets, first, side="right")) - 1

@@ -25,7 +25,8 @@ VERSIONS: dict[str, int] = {
     "rejects": 1,
     "inputs": 1,
 }
-"""What is read. A version only adds columns, null in older shards; one of 3 is written for images alone."""
+"""What is read. A version only adds columns, null in older shards; one of 3 is written for images
+alone."""
 
 KEY = pa.binary(16)
 TOKENS = pa.list_(pa.int32())
@@ -228,8 +229,8 @@ SCHEMAS: dict[TableName, pa.Schema] = {
                 "tempered_tails",
                 FLOAT_LIST,
                 (
-                    "[N * m] log sum of p^(1/T) over the ids outside the entries; sampled: over all "
-                    "ids"
+                    "[N * m] log sum of p^(1/T) over the ids outside the entries; sampled: over "
+                    "all ids"
                 ),
                 nullable=True,
             ),
@@ -350,7 +351,7 @@ FLOATS = tuple(
     "logprobs weights tail_logprob token_logprob entropy tempered_tails tail_bound".split()
 )
 _SPLIT = tuple(f"{name}.list.element" for name in FLOATS)
-# Each is there once. Nor are they compressed: zstd takes a tenth of them off, and by how much depends
+# Each is there once. Nor are they compressed: zstd takes a tenth of them off. By how much depends
 # on the teacher, while what they take is to be known before it runs. A PNG file is compressed.
 _PLAIN = ("values", "image")
 # Names beside them, which may be of one vector alone: a dictionary of what is random takes more.
@@ -358,7 +359,10 @@ _BESIDE_PLAIN = ("key", "reuse_key", "text_key", "rounding_error", "projection_e
 
 
 def encodings(schema: pa.Schema) -> dict[str, Any]:
-    """Keyword arguments for `pyarrow.parquet.ParquetWriter` of some of a table's columns, and of others."""
+    """Keyword arguments for `pyarrow.parquet.ParquetWriter`.
+
+    The schema has some of a table's columns, and may have others.
+    """
     leaves = set(_leaf_paths(schema))
     encoding = {c: "DELTA_BINARY_PACKED" for c in _DELTA if c in leaves}
     encoding |= {c: "BYTE_STREAM_SPLIT" for c in _SPLIT if c in leaves}

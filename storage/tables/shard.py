@@ -30,7 +30,10 @@ FEATURE_GROUP_BYTES = 1 << 20
 """The same of `features`, whose rows are large and are read one by one, in any order."""
 METADATA_KEY = b"stillroom"
 _DAMAGED = (OSError, pa.ArrowException, ValueError)
-REPAIR = "`stillroom verify` lists what is damaged, `stillroom repair` withdraws it, and the next run makes it again."
+REPAIR = (
+    "`stillroom verify` lists what is damaged, `stillroom repair` withdraws it, and the next run "
+    "makes it again."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,8 +209,8 @@ class ShardFile:
             )
         if version not in range(1, VERSIONS.get(table, 0) + 1):
             raise IntegrityError(
-                f"{self.name}: format version {version}, this Stillroom reads {table} up to version "
-                f"{VERSIONS.get(table)}. Use the version of Stillroom that wrote the store."
+                f"{self.name}: format version {version}, this Stillroom reads {table} up to "
+                f"version {VERSIONS.get(table)}. Use the version of Stillroom that wrote the store."
             )
         if table in SCHEMAS and not self.stored.equals(columns_of(table, version)):
             raise IntegrityError(
@@ -268,7 +271,10 @@ class ShardFile:
     def select(
         self, rows: np.ndarray, columns: Sequence[str] | None = None, *, threads: bool = True
     ) -> pa.Table:
-        """Rows by ascending index, page checksums verified; row groups that hold none of them are not read."""
+        """Rows by ascending index, page checksums verified.
+
+        Row groups that hold none of them are not read.
+        """
         edges = np.searchsorted(rows, self.starts)  # row group g holds edges[g] to edges[g + 1]
         names = self.schema.names if columns is None else columns
         parts = [self.schema.empty_table().select(list(names))]
@@ -356,7 +362,10 @@ class StoredFile:
 
 
 def text_keys(shard: ShardFile, rows: np.ndarray) -> pa.Array:
-    """[R] binary: of some rows of a shard of `generations` or `soft_targets`; those of version 1 do not say it."""
+    """[R] binary: text keys of some rows of a shard of `generations` or `soft_targets`.
+
+    Rows of version 1 do not store it, so it is computed.
+    """
     found = shard.select(rows, ["text_key"])["text_key"].combine_chunks()
     if not found.null_count:
         return found

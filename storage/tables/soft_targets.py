@@ -40,7 +40,9 @@ _VALUES = 1 << 17  # entries normalised at once: more would leave the processor'
 
 
 def round_mantissa(values: np.ndarray, bits: int) -> np.ndarray:
-    """Float32 values with `bits` bits of mantissa (1 to 23), rounded to nearest, ties to even; infinities kept.
+    """Float32 values with `bits` bits of mantissa (1 to 23), rounded to nearest, ties to even.
+
+    Infinities are kept.
 
     The relative error is at most 2**-(bits + 1). The zeroed low bytes compress to almost nothing.
     """
@@ -64,8 +66,9 @@ def round_mantissa(values: np.ndarray, bits: int) -> np.ndarray:
 class SoftTargets:
     """The teacher's distribution at N positions, at most K entries each.
 
-    `topk` and `topp` have ids, logprobs and a tail; `full` has logprobs of the whole vocabulary; `sampled` has ids with
-    counts, or with weights where they were not drawn from the teacher itself, and no tail.
+    `topk` and `topp` have ids, logprobs and a tail; `full` has logprobs of the whole vocabulary;
+    `sampled` has ids with counts, or with weights where they were not drawn from the teacher
+    itself, and no tail.
     """
 
     ids: np.ndarray | None
@@ -138,9 +141,12 @@ class SoftTargets:
         return next(x for x in (self.logprobs, self.counts, self.weights) if x is not None)
 
     def columns(self, mantissa_bits: int) -> dict[str, Any]:
-        """The columns of a `soft_targets` row that hold the distribution; floats rounded to `mantissa_bits`.
+        """The columns of a `soft_targets` row that hold the distribution.
 
-        `k` is the widest position's number of entries; a kind that has a limit or draws (`topp`, `sampled`) says that.
+        Floats are rounded to `mantissa_bits`.
+
+        `k` is the widest position's number of entries; a kind that has a limit or draws (`topp`,
+        `sampled`) says that.
         """
         lists = {name: self._column(name, mantissa_bits) for name in LISTS}
         n, k = self._stated.shape
@@ -208,7 +214,7 @@ class SoftTargets:
 
     @property
     def probabilities(self) -> np.ndarray:
-        """[N, K] float32 what the entries say of the teacher: its probabilities, or a draw's estimate of them."""
+        """[N, K] float32 the teacher's probabilities of the entries, or a draw's estimates."""
         stated = self._stated
         if stated is self.logprobs:
             probabilities: np.ndarray = np.exp(stated)
@@ -230,7 +236,9 @@ class SoftTargets:
         return replace(self, **found)
 
     def normalised(self) -> "SoftTargets":
-        """Entries and tail rescaled, in log space, so that each position sums to 1; so a divergence is never negative.
+        """Entries and tail rescaled, in log space, so that each position sums to 1.
+
+        So a divergence is never negative.
 
         Rounding moves the sum by up to 2**-(bits + 1) * sum(p * |log p|). `token_logprob` and
         `entropy` stay as stored; a tempered tail, a sum of p^(1/T), moves by total / T. Sampled
@@ -306,7 +314,10 @@ def normalised_targets(rows: Rows) -> Iterator[SoftTargets]:
 
 
 def joined_list(rows: Rows, name: str, start: int, stop: int) -> np.ndarray:
-    """The list of rows `start` to `stop`, one after another; temperatures, which they share, once."""
+    """The list of rows `start` to `stop`, one after another.
+
+    Temperatures, which the rows share, are there once.
+    """
     offsets, values = rows.flat(name)
     last = start + 1 if name == "temperatures" else stop
     return values[offsets[start] : offsets[last]]

@@ -1,4 +1,6 @@
-"""Spans: which tokens of a row are scored. Most rows have one; a conversation has one for each turn of the assistant.
+"""Spans: which tokens of a row are scored.
+
+Most rows have one. A conversation has one for each turn of the assistant.
 
 In a row they are flat, as all lists are: start, tokens, start, tokens. In memory they are [S, 2].
 """
@@ -16,16 +18,18 @@ SPAN_COLUMNS = ("prompt_tokens", "completion_tokens", "spans")
 
 
 def one_span(start: Any, tokens: Any) -> np.ndarray:
-    """[1, 2] int64: the tokens from `start` on, so many; of arrays [R], one for each row: [R, 1, 2]."""
+    """[1, 2] int64: so many tokens from `start` on. Of arrays [R], one for each row: [R, 1, 2]."""
     return np.stack([start, tokens], axis=-1, dtype=np.int64)[..., None, :]
 
 
 def spans_of(row: Mapping[str, Any]) -> np.ndarray:
-    """[S, 2] int64 start and tokens of each scored span of a row of `generations` or `soft_targets`.
+    """[S, 2] int64 start and tokens of each scored span of a row.
+
+    The row is one of `generations` or `soft_targets`.
 
     A row without the column has one span: that of `span_start` and `span_tokens`, or what follows
-    the prompt. Nothing precedes the first token, so it is never scored. Of columns [R] of rows of
-    one span: [R, 1, 2].
+    the prompt. Nothing precedes the first token, so it is never scored. Columns [R] of rows of
+    one span give [R, 1, 2].
 
     Raises:
         IntegrityError: the column holds an odd number of numbers.
@@ -49,7 +53,7 @@ def span_after(prompt_tokens: Any, total_tokens: Any) -> np.ndarray:
 
 
 def spans_before(spans: np.ndarray, end: int) -> np.ndarray:
-    """[S, 2] the spans of a row that is cut: those of [[2, 3], [7, 4]] before 9 are [[2, 3], [7, 2]]."""
+    """[S, 2] the spans of a row that is cut. [[2, 3], [7, 4]] before 9 are [[2, 3], [7, 2]]."""
     starts = spans[:, 0]
     tokens = np.minimum(spans.sum(axis=1), end) - starts
     cut: np.ndarray = np.stack([starts, tokens], axis=1)[tokens > 0]
@@ -62,7 +66,7 @@ def flat(spans: np.ndarray) -> np.ndarray:
 
 
 def positions(spans: np.ndarray) -> np.ndarray:
-    """[N] int64 indices of the scored tokens, ascending: those of [[2, 3], [7, 1]] are 2, 3, 4, 7."""
+    """[N] int64 indices of the scored tokens, ascending: for [[2, 3], [7, 1]], 2, 3, 4, 7."""
     starts, tokens = spans[:, 0], spans[:, 1]
     if len(spans) == 1:
         return np.arange(starts[0], starts[0] + tokens[0])
@@ -71,7 +75,7 @@ def positions(spans: np.ndarray) -> np.ndarray:
 
 
 def scored_tokens(rows: pa.Table) -> np.ndarray:
-    """[R] how many tokens are scored of each row of `generations`, of which `SPAN_COLUMNS` are read."""
+    """[R] how many tokens of each row of `generations` are scored. It reads `SPAN_COLUMNS`."""
     spans = rows["spans"].combine_chunks()
     prompts = rows["prompt_tokens"].to_numpy()
     after = prompts + rows["completion_tokens"].to_numpy() - np.maximum(prompts, 1)

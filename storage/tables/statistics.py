@@ -1,4 +1,4 @@
-"""Statistics: what a shard says of all its soft targets together, for people and for the choice of K."""
+"""Statistics: what a shard says of all its soft targets, for people and for the choice of K."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,7 +7,9 @@ import numpy as np
 
 
 def statistics(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Per kind: rows, scored tokens, entries per token, and the mass that the entries keep (mean and quantiles).
+    """Per kind: rows, scored tokens, entries per token, and the mass that the entries keep.
+
+    The mass has a mean and quantiles.
 
     Kinds whose positions differ have quantiles of their entries; sampled targets have no mass that
     is kept.

@@ -1,19 +1,25 @@
-"""Which causal architectures of the installed transformers are right here, which are refused, and is any wrong?
+"""Which causal architectures of the installed transformers are right here, and which are refused.
 
-    python tests/bench/architectures.py [CASE ...] [--tiny] [--out DIR]        # a table, then one JSON line
+The bench asks whether any is wrong.
 
-Each is a tiny model with random weights (`tiny_architectures.py`), saved, and loaded by the product as
-teacher and as student. Texts have 9 to 64 tokens, windows 16; frequencies that depend on the length
-change at 32.
+    python tests/bench/architectures.py [CASE ...] [--tiny] [--out DIR]
 
-    score   log-probabilities as the scoring stage stores them, against a float64 pass of transformers, nats
+It prints a table, then one line of JSON.
+
+Each is a tiny model with random weights (`tiny_architectures.py`), saved, and loaded by the product
+as teacher and as student. Texts have 9 to 64 tokens, windows 16; frequencies that depend on the
+length change at 32.
+
+    score   log-probabilities as the scoring stage stores them, against a float64 pass of
+            transformers, nats
     batch   rows scored together against each alone, nats
-    train   gradient of KL + 0.5 CE of the passes that training makes, against a loop over samples in
-            plain transformers, as a share of its norm
-    peek    how far logits of earlier positions move when the last token changes, as a share of the largest
+    train   gradient of KL + 0.5 CE of the passes that training makes, against a loop over samples
+            in plain transformers, as a share of its norm
+    peek    how far logits of earlier positions move when the last token changes, as a share of the
+            largest
 
-A truth is a fresh model for each text, by eager attention; by transformers' usual one where eager is
-known to be wrong. `--tiny` is a choice of them.
+A truth is a fresh model for each text, by eager attention; by transformers' usual one where eager
+is known to be wrong. `--tiny` is a choice of them.
 """
 
 import copy
@@ -49,7 +55,8 @@ from stillroom.storage.errors import UsageError
 from stillroom.storage.tables.soft_targets import SoftTargets
 
 SCORE, TRAIN, PEEK = 2e-4, 2e-5, 1e-6
-"""Bars. A peek is 0 but for the rounding of experts, whose shapes change with the tokens that come to them."""
+"""Bars. A peek is 0 but for the rounding of experts, whose shapes change with the tokens that come
+to them."""
 HARD_WEIGHT = 0.5
 USUAL_ATTENTION = ("falcon",)
 """`model_type`s whose eager attention is wrong: Falcon's adds ALiBi twice."""
@@ -149,7 +156,7 @@ def first_line(error: Exception) -> str:
 
 
 def judged(row: Row) -> Row:
-    """With its verdict. NaN is above every bar."""
+    """A row with its verdict, where NaN is above every bar."""
     bars = ((row.score, SCORE), (row.batch, SCORE), (row.train, TRAIN), (row.peek, PEEK))
     right = all(value is not None and value <= bar for value, bar in bars)
     return replace(row, verdict="Right" if right else "Wrong")
@@ -246,7 +253,7 @@ def logits_of(model: Any, ids: np.ndarray) -> Tensor:
 
 
 def peeked(folder: Path) -> float:
-    """Of the teacher as it is loaded, in a text of each length."""
+    """How far logits of the teacher, as it is loaded, move in a text of each length."""
     who: Any = identity(folder)
     model, found = load_causal_lm(who), 0.0
     for ids in texts():
@@ -278,7 +285,10 @@ def samples() -> list[Sample]:
 
 
 def trained(folder: Path) -> float:
-    """The gradient of the passes that training makes, off from that of single samples in plain transformers."""
+    """How far the gradient of the passes that training makes is off.
+
+    It is compared with that of single samples in plain transformers.
+    """
     student: Any = KIND.student(folder).train()  # as the trainer has it; dropout is zero
     read = samples()
     lengths = (min(LENGTHS), max(LENGTHS))
@@ -309,7 +319,10 @@ def trained(folder: Path) -> float:
 
 
 def loss_alone(model: Any, sample: Sample) -> Tensor:
-    """KL + 0.5 CE of one sample, as it is written: sum t (log t - log s) - 0.5 log s of what follows."""
+    """KL + 0.5 CE of one sample, as it is written.
+
+    It is sum t (log t - log s) - 0.5 log s of what follows.
+    """
     assert sample.targets is not None
     logprobs = logits_of(model, sample.token_ids)[:-1].log_softmax(-1)
     stored = torch.from_numpy(sample.targets.logprobs)

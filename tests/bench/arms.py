@@ -44,7 +44,8 @@ def run_arm(
         report: Draw the report of a run that was judged; it takes longer than a small student.
 
     Returns:
-        `evaluation.json` and `train.json` in one, where they are there; `train_dir`, and `train_dirs`
+        `evaluation.json` and `train.json` in one, where they are there; `train_dir`, and
+        `train_dirs`
         by arm; ids of the `snapshots` by split.
 
     Raises:
@@ -71,7 +72,10 @@ def run_arm(
 
 @contextmanager
 def one_order() -> Iterator[None]:
-    """Samples are read in an order that only their tokens and the seed decide; a snapshot is held in memory."""
+    """Samples are read in an order that only their tokens and the seed decide.
+
+    A snapshot is held in memory.
+    """
     with mock.patch.object(Samples, "read", _read):
         yield
 

@@ -1,4 +1,6 @@
-"""What a durable, verified commit of 256 rows costs, by step, and the share of one core that is at 10k tokens/s.
+"""What a durable, verified commit of 256 rows costs, by step.
+
+It also gives the share of one core that this is at 10k tokens/s.
 
     python tests/bench/commit.py [--entries 32 64] [--commits 8] [--tiny]
 
@@ -6,7 +8,7 @@ Rows are soft targets of 512 scored tokens with K entries of a vocabulary of 32,
 Zipf's law, log probabilities of a softmax. Making them is not counted. Everything a writer does is:
 checking each row, statistics, the Arrow table, Parquet, fsync, sha256, reading back with page
 checksums and comparing, the record. Steps are timed one inside the other and shown without what is
-inside, in one thread; in a run a shard is made beside the rest. Prints a table, then one line of
+inside, in one thread; in a run a shard is made beside the rest. It prints a table, then one line of
 JSON.
 """
 
@@ -54,7 +56,10 @@ STEPS = {
 
 
 class InTurn:
-    """Stands for the writer's thread: a shard is made while its owner waits, so that the steps can be told apart."""
+    """A stand-in for the writer's thread.
+
+    A shard is made while its owner waits, so that the steps can be told apart.
+    """
 
     def __init__(self, *_: Any, **__: Any) -> None:
         """Takes what the thread pool takes."""

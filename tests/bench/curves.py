@@ -1,4 +1,6 @@
-"""From points to curves: the bytes at which a family is as good as another's setting, and the plot, as SVG by hand.
+"""From points to curves, and the plot, as SVG by hand.
+
+A curve gives the bytes at which a family is as good as another's setting.
 
 Sizes of the formats of others, bytes per token at a vocabulary of 50,257 (16 bits per id), without
 token ids, tail or the token's own log probability: DistillKit (16 exact_k + 32 terms + 16 K bits),
@@ -26,7 +28,7 @@ Point = dict[str, Any]
 
 
 def metrics(points: list[Point]) -> dict[str, dict[str, float]]:
-    """By metric: its value by point name. The less the better."""
+    """The value of each metric by point name. The less it is, the better."""
     found: dict[str, dict[str, float]] = defaultdict(dict)
     for point in points:
         name = name_of(point)
@@ -48,7 +50,10 @@ def name_of(point: Point) -> str:
 def families(
     points: list[Point], values: dict[str, float]
 ) -> dict[str, list[tuple[float, float, str]]]:
-    """(bytes, value, setting) of each family and number of bits, by bytes; a family needs two points."""
+    """(bytes, value, setting) of each family and number of bits, by bytes.
+
+    A family needs two points.
+    """
     found: dict[str, list[tuple[float, float, str]]] = defaultdict(list)
     for point in points:
         if name_of(point) in values:
@@ -75,7 +80,10 @@ def bytes_at(curve: list[tuple[float, float, str]], value: float) -> tuple[float
 def verdicts(
     points: list[Point], dropped: dict[str, Any]
 ) -> tuple[list[str], list[dict[str, Any]]]:
-    """A table of every point; then, by metric, the bytes of the best family that is as good as top-50 and top-128."""
+    """A table of every point, and the findings.
+
+    They are, by metric, the bytes of the best family that is as good as top-50 and top-128.
+    """
     lines = list(_table(points))
     for name, gradient in dropped.items():
         angles = ", ".join(
@@ -112,7 +120,8 @@ def verdicts(
                 }
             )
             asked = f"| {setting} | {metric} {values[name]:.3g} | {sizes[name]:.1f} | {curve} "
-            ratios = f"{share:.2f} | {needed / peers['DistillKit']:.2f} | {'yes' if share <= 0.5 else 'NO'} |"
+            of_peer, half = needed / peers["DistillKit"], "yes" if share <= 0.5 else "NO"
+            ratios = f"{share:.2f} | {of_peer:.2f} | {half} |"
             lines.append(f"{asked}| {'<= ' * bound}{needed:.1f} | {ratios}")
     return lines, found
 
@@ -120,7 +129,10 @@ def verdicts(
 def _table(points: list[Point]) -> Iterator[str]:
     batches = list(next((p["gradient"] for p in points if p["gradient"]), {}))
     angles = "".join(f" angle, {n} tokens |" for n in batches)
-    yield f"| kind | setting | bits | entries | bytes/token | squared error | KL gap | rms KL error (4096) |{angles}"
+    yield (
+        "| kind | setting | bits | entries | bytes/token | squared error | KL gap "
+        f"| rms KL error (4096) |{angles}"
+    )
     yield "| --- | --- |" + " ---: |" * (6 + len(batches))
     for p in points:
         angles = "".join(
@@ -137,7 +149,9 @@ WIDTH, HEIGHT, LEFT, TOP = 440, 330, 70, 46
 
 
 def plot(points: list[Point]) -> str:
-    """Three panels over bytes/token, both axes in logarithms: gradient angle, KL error of a batch, squared error.
+    """Three panels over bytes/token, both axes in logarithms.
+
+    They show gradient angle, KL error of a batch, and squared error.
 
     Rings are the formats of others, as if their values were exact: top-50 and top-128 at their
     size.
@@ -146,7 +160,8 @@ def plot(points: list[Point]) -> str:
     chosen = [name for name in metrics(points) if "gradient" in name][-1:]
     chosen += ["KL of 4096 tokens: rms error, nats", "squared error of the target"]
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {len(chosen) * WIDTH} {HEIGHT + 34}" '
+        '<svg xmlns="http://www.w3.org/2000/svg" '
+        f'viewBox="0 0 {len(chosen) * WIDTH} {HEIGHT + 34}" '
         'font-family="sans-serif" font-size="12"><rect width="100%" height="100%" fill="white"/>'
     ]
     for number, metric in enumerate(chosen):
@@ -186,7 +201,8 @@ def _panel(
         _, y = at(min(xs), value)
         yield f'<path d="M{left + LEFT} {y}H{left + WIDTH - 16}" stroke="#e4e4e4"/>'
         yield f'<text x="{left + LEFT - 6}" y="{y + 4}" text-anchor="end">{value:g}</text>'
-    yield f'<text x="{left + (LEFT + WIDTH) / 2}" y="{HEIGHT - 10}" text-anchor="middle">bytes/token</text>'
+    middle = left + (LEFT + WIDTH) / 2
+    yield f'<text x="{middle}" y="{HEIGHT - 10}" text-anchor="middle">bytes/token</text>'
     for name, curve in curves.items():
         colour = COLOURS[name.split(",")[0]]
         line = " ".join(f"{x},{y}" for x, y in (at(size, value) for size, value, _ in curve))
@@ -194,12 +210,15 @@ def _panel(
         for size, value, setting in curve:
             x, y = at(size, value)
             yield f'<circle cx="{x}" cy="{y}" r="3" fill="{colour}"/>'
-            yield f'<text x="{x + 4}" y="{y - 5}" font-size="9" fill="{colour}">{setting.split("=")[1]}</text>'
+            label = setting.split("=")[1]
+            yield f'<text x="{x + 4}" y="{y - 5}" font-size="9" fill="{colour}">{label}</text>'
             for peer, other in PEERS.get(setting, {}).items():
                 x, y = at(other, value)
                 if min(xs) <= other <= max(xs):
                     yield f'<circle cx="{x}" cy="{y}" r="4" fill="none" stroke="#444"/>'
-                    yield f'<text x="{x}" y="{y - 8}" font-size="8" text-anchor="middle">{peer[0].upper()}</text>'
+                    label = peer[0].upper()
+                    at_ring = f'x="{x}" y="{y - 8}" font-size="8" text-anchor="middle"'
+                    yield f"<text {at_ring}>{label}</text>"
 
 
 def _ticks(low: float, high: float) -> list[float]:

@@ -1,14 +1,16 @@
-"""Image classification: digits written by hand, a ResNet that is trained on the spot, and small MobileNets.
+"""Image classification: digits written by hand.
+
+A ResNet is trained on the spot, and small MobileNets learn from it.
 
     python tests/bench/digits.py DIR [--seeds 0,1,2] [--tiny]
 
-The images are the 10,000 of MNIST's test file (vision/mnist-t10k of the assets), 28 by 28 and grey. The
-hash of its pixels says whether an image is learnt from, chooses learning rates, or judges; what judges is
-read once.
+The images are the 10,000 of MNIST's test file (vision/mnist-t10k of the assets), 28 by 28 and grey.
+The hash of its pixels says whether an image is learnt from, chooses learning rates, or judges; what
+judges is read once.
 
-The teacher learns the labels of all training images. Students learn from some of these: from their labels
-alone, and from the teacher's distributions as well. Each has the learning rate whose cross-entropy on
-validation images is best at the first seed. The last line is JSON.
+The teacher learns the labels of all training images. Students learn from some of these: from their
+labels alone, and from the teacher's distributions as well. Each has the learning rate whose
+cross-entropy on validation images is best at the first seed. The last line is JSON.
 """
 
 import gzip

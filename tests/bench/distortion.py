@@ -1,15 +1,20 @@
-"""What a sparse target gets wrong, against the teacher's full distribution t, for a student s that is being trained.
+"""What a sparse target gets wrong, for a student s that is being trained.
+
+It is compared with the teacher's full distribution t.
 
 Per token, in float64 from stored columns (rounded, read back, normalised):
 
     squared error       sum_i (t'_i - t_i)^2, t' = the entries, 0 elsewhere
-    KL error            KL' - KL(t || s).  topk, topp: KL' over the entries and one bucket for the rest, so never above
-                        the truth; sampled: KL' = -entropy - sum_i t'_i log s_i, which has the truth
-                        as its mean
-    gradient            of the mean loss over a batch with respect to all weights of the student: angle and length
-                        against that of KL(t || s). d loss / d logit_j = r s_j + v_j with v sparse.
-                        Bucket: r = 1 - T / S, T and S the masses outside the entries; sampled, and
-                        tail dropped: r = 1
+    KL error            KL' - KL(t || s).
+                        topk, topp: KL' over the entries and one bucket for the rest, so never
+                        above the truth.
+                        sampled: KL' = -entropy - sum_i t'_i log s_i, which has the truth as its
+                        mean
+    gradient            of the mean loss over a batch with respect to all weights of the student:
+                        angle and length against that of KL(t || s).
+                        d loss / d logit_j = r s_j + v_j with v sparse.
+                        Bucket: r = 1 - T / S, T and S the masses outside the entries.
+                        sampled, and tail dropped: r = 1
 
 Letters: B rows, N tokens, K entries, V vocabulary, D hidden.
 """
@@ -116,7 +121,7 @@ def above_p(row: Row, p: float) -> SoftTargets:
 def above(row: Row, least: float) -> SoftTargets:
     """The entries whose probability is at least `least`, or the best one.
 
-    Not a kind of the recipe.
+    This is no kind of the recipe.
     """
     return ragged(row, np.maximum((row.best.logprobs >= np.log(least)).sum(axis=1), 1))
 
@@ -189,7 +194,7 @@ def gradients(
     rows: list[Row],
     forms: dict[str, list[tuple[np.ndarray, ...]]],
 ) -> dict[str, tuple[float, float]]:
-    """By setting: angle in degrees and length ratio of its gradient to the full one, over the rows.
+    """Angle in degrees and length ratio of each setting's gradient to the full one, over the rows.
 
     `forms` are ids [N, K], r [N] and v [N, K] of each row, by setting.
     """

@@ -1,16 +1,18 @@
-"""Random kill -9 of a run that asks an endpoint: how many answers are lost, there twice, or paid for again.
+"""Random kill -9 of a run that asks an endpoint.
+
+It counts how many answers are lost, there twice, or paid for again.
 
     python tests/bench/endpoint.py [--kills 50] [--seed N] [--tiny]
 
-The endpoint is a thread of this process (`tests/support/endpoint_server.py`): it counts the calls for
-each prompt and takes 10 to 100 ms for one. Runs are processes forked from a server that has loaded
-torch. Each has 8 calls at once, and runner and stage are killed at a random moment up to 1.5 seconds
-after the first call of this run. The next run goes on, until one ends by itself; then the store is
-verified, and another one begins.
+The endpoint is a thread of this process (`tests/support/endpoint_server.py`): it counts the calls
+for each prompt and takes 10 to 100 ms for one. Runs are processes forked from a server that has
+loaded torch. Each has 8 calls at once, and runner and stage are killed at a random moment up to 1.5
+seconds after the first call of this run. The next run goes on, until one ends by itself; then the
+store is verified, and another one begins.
 
-Rows lost: prompts without one at the end. Twice: texts that are there twice. Asked again: calls of a
-killed run whose answers are not on disk; the endpoint's own counts at the end must say the same.
-Prints a table, then one line of JSON.
+Rows lost: prompts without one at the end. Twice: texts that are there twice. Asked again: calls of
+a killed run whose answers are not on disk; the endpoint's own counts at the end must say the same.
+It prints a table, then one line of JSON.
 """
 
 import argparse

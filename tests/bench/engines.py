@@ -1,23 +1,30 @@
-"""What vLLM says of a teacher's distributions against what transformers says: entries, tails, entropies, students.
+"""What vLLM says of a teacher's distributions against what transformers says.
+
+Entries, tails, entropies and students are compared.
 
     python tests/bench/engines.py DIR [--tiny] [--out DIR]
 
-500 rows of TinyStories, every fifth of up to 300 tokens and the others of 64, float32, by the teacher
-stories260k (512 ids; STILLROOM_ASSETS). The truth is transformers' logits of each row alone, their
-log-softmax in float64. Of both passes, the best K = 16 and all ids:
+500 rows of TinyStories, every fifth of up to 300 tokens and the others of 64, float32, by the
+teacher stories260k (512 ids; STILLROOM_ASSETS). The truth is transformers' logits of each row
+alone, their log-softmax in float64. Of both passes, the best K = 16 and all ids:
 
-    entries     largest |log p of vLLM - log p of transformers|, nats; ids that are not the best, by how much
-    noise       the same between two passes of vLLM over the same rows, the second one turned round, in groups of 7
-    tail        largest |tail - truth| beyond `tail_bound`, nats; entropy: the most that it is above the truth
+    entries     largest |log p of vLLM - log p of transformers|, nats; ids that are not the best, by
+                how much
+    noise       the same between two passes of vLLM over the same rows, the second one turned round,
+                in groups of 7
+    tail        largest |tail - truth| beyond `tail_bound`, nats; entropy: the most that it is above
+                the truth
 
-The bar was set before: entries within 1e-3 nats. Two faults are planted and must miss it: each position says what its
-neighbour should, and vLLM is told to read its cache of prompts (`skip_reading_prefix_cache=False`).
+The bar was set before: entries within 1e-3 nats. Two faults are planted and must miss it: each
+position says what its neighbour should, and vLLM is told to read its cache of prompts
+(`skip_reading_prefix_cache=False`).
 
-    kept        the distributions that tokens were drawn from, kept while vLLM wrote (T 0.8, top_p 0.9, K = 20), against
-                transformers reading the same text; texts that `score` read again
+    kept        the distributions that tokens were drawn from, kept while vLLM wrote (T 0.8, top_p
+                0.9, K = 20), against transformers reading the same text; texts that `score` read
+                again
     students    trained from either engine's rows in one order: KL to the teacher by seed
 
-Prints a table, then one line of JSON; with --out writes both there too.
+It prints a table, then one line of JSON; with --out writes both there too.
 """
 
 import json
@@ -159,7 +166,10 @@ def _entries(targets: SoftTargets) -> tuple[np.ndarray, np.ndarray]:
 
 
 def kept_while_writing(bench: Bench, rows: int) -> dict[str, Any]:
-    """What vLLM keeps of the texts that it writes, against transformers reading them; and what `score` read."""
+    """What vLLM keeps of the texts that it writes, against transformers reading them.
+
+    It also says what `score` read.
+    """
     source = write_jsonl(
         bench.folder / "openings.jsonl",
         [{"prompt": " ".join(story.split()[:8])} for story in dict.fromkeys(bench.stories[:rows])],
@@ -256,14 +266,18 @@ def students(bench: Bench, seeds: Sequence[int], epochs: int) -> dict[str, Any]:
 
 
 def table(outcome: dict[str, Any]) -> str:
-    """For people."""
-    names = "rows, positions, entries, two vLLM passes, other ids (at most), tail beyond bound, entropy above (below)"
+    """The tables for people."""
+    names = (
+        "rows, positions, entries, two vLLM passes, other ids (at most), tail beyond bound, "
+        "entropy above (below)"
+    )
     lines = [f"| | {names.replace(', ', ' | ')} |"]
     lines.append("|---|---:|---:|---:|---:|---:|---:|---:|")
     for name, of in outcome["against_hf"].items():
         lines.append(
-            f"| {name} | {of['rows']} | {of['positions']:,} | {of['entries']:.1e} | {_shown(of.get('noise'))} | "
-            f"{of['positions with other ids']} ({of['by at most']:.1e}) | {of['tail beyond its bound']:.1e} | "
+            f"| {name} | {of['rows']} | {of['positions']:,} | {of['entries']:.1e} | "
+            f"{_shown(of.get('noise'))} | {of['positions with other ids']} "
+            f"({of['by at most']:.1e}) | {of['tail beyond its bound']:.1e} | "
             f"{of['entropy above']:.1e} ({of['entropy below']:.2g}) |"
         )
     planted = ", ".join(
@@ -273,15 +287,17 @@ def table(outcome: dict[str, Any]) -> str:
     taught = outcome["students"]
     lines += [
         "",
-        f"All in nats; the bar for entries is {BAR:g}. Planted faults, largest difference of entries: {planted}.",
-        f"Texts that `score` read again after they were kept: {outcome['against_hf']['kept']['texts read again']}.",
+        f"All in nats; the bar for entries is {BAR:g}. Planted faults, largest difference of "
+        f"entries: {planted}.",
+        "Texts that `score` read again after they were kept: "
+        f"{outcome['against_hf']['kept']['texts read again']}.",
         "KL of students to the teacher: "
         + "; ".join(
             f"{name} {', '.join(f'{kl:.4f}' for kl in kls)}"
             for name, kls in taught["kl_teacher"].items()
         )
-        + f"; largest difference of engines {taught['largest difference of engines']:.1e}, spread over seeds "
-        f"{taught['spread over seeds']:.1e}.",
+        + f"; largest difference of engines {taught['largest difference of engines']:.1e}, "
+        f"spread over seeds {taught['spread over seeds']:.1e}.",
     ]
     return "\n".join(lines)
 

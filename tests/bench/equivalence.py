@@ -1,4 +1,6 @@
-"""How far training from a store is from training with the live teacher, by the mantissa bits that the store keeps.
+"""How far training from a store is from training with the live teacher.
+
+The difference is given for each number of mantissa bits that the store keeps.
 
     python tests/bench/equivalence.py [--tiny] [--steps 60] [--seeds 3] [--learning-rate 1e-3]
 
@@ -134,7 +136,7 @@ def tiny(folder: Path, *, bits: int, how: dict[str, Any]) -> tuple[Recipe, Store
 
 
 def trained_live(recipe: Recipe, store: Store) -> LiveRun:
-    """By the plain loop, on what `Samples` gives in this order until the tokens are fed."""
+    """Train by the plain loop, on what `Samples` gives in this order until the tokens are fed."""
     samples = Samples(store, snapshot_of(store), soft=False, seed=recipe.run.seed)
     assert recipe.train.tokens is not None
     texts, held, fed = [], 0, 0

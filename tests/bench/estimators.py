@@ -1,12 +1,15 @@
-"""What a sparse estimate of the teacher is worth before any student sees it: distinct ids, variance, exact small cases.
+"""What a sparse estimate of the teacher is worth before any student sees it.
+
+The measures are distinct ids and variance, with exact small cases.
 
 For t [N, V], the teacher at N positions, and R draws with replacement, in closed form:
 
     multinomial   distinct ids  sum_i 1 - (1 - t_i)^R      variance  sum_i t_i (1 - t_i) / R
-    systematic    distinct ids  sum_i min(1, R t_i)        variance  sum_i f_i (1 - f_i) / R^2, f_i = R t_i mod 1
-    top-m + tail the m best exactly, R draws of either kind from what is left, weighted with its
-    mass; distinct ids are
-                  m more than the tail's, variance is the tail's times its mass squared
+    systematic    distinct ids  sum_i min(1, R t_i)        variance  sum_i f_i (1 - f_i) / R^2,
+                                                                     f_i = R t_i mod 1
+    top-m + tail  the m best exactly, R draws of either kind from what is left, weighted with its
+                  mass; distinct ids are m more than the tail's, variance is the tail's times its
+                  mass squared
 
 The variance is that of the target, the mean over positions of E |t' - t|^2. The small case is
 Zipf's law over 100,000 ids (Anshumann et al. 2025, arXiv 2503.16870, figure 2a).
@@ -54,9 +57,14 @@ def head_and_tail(best: int, draw: Estimate) -> Estimate:
 
 
 def at_equal_ids(t: Tensor) -> list[dict[str, float]]:
-    """Variance of each estimator where it keeps as many distinct ids per token as multinomial draws; by that number.
+    """Variance of each estimator that keeps as many distinct ids per token as multinomial draws.
 
-    `head + ...` is the best of `HEADS`; a variance between two numbers of draws is interpolated in logarithms.
+    It is given by that number of ids.
+
+    There is one row for each such number of ids.
+
+    `head + ...` is the best of `HEADS`; a variance between two numbers of draws is interpolated in
+    logarithms.
     """
     most = 200
     curves = {
@@ -81,7 +89,10 @@ def at_equal_ids(t: Tensor) -> list[dict[str, float]]:
 
 
 def by_entropy(t: Tensor) -> dict[str, Tensor]:
-    """All positions, and the half where the teacher is surest, as a larger model is; named with their mean entropy."""
+    """All positions, and the half where the teacher is surest, as a larger model is.
+
+    Named with their mean entropy.
+    """
     entropy = -(t * t.clamp_min(1e-30).log()).sum(-1)
     sure = entropy.argsort()[: len(t) // 2]
     parts = {"all positions": torch.arange(len(t)), "the surer half": sure}
@@ -135,7 +146,10 @@ def drawn(t: Tensor, *, rounds: int, draw: str, seed: int) -> Tensor:
 
 
 def zipf_case(*, vocab_size: int = 100_000, k: int = 20, rows: int = 64) -> dict[str, Any]:
-    """The exact small case, and `rows` draws of 50 rounds against it: the largest error in standard errors."""
+    """The exact small case, and `rows` draws of 50 rounds against it.
+
+    The largest error is in standard errors.
+    """
     t = 1 / torch.arange(1, vocab_size + 1, dtype=torch.float64)
     t /= t.sum()
     mass = float(t[:k].sum())

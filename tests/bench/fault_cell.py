@@ -1,4 +1,7 @@
-"""One cell of the matrix: a command with a fault, then without, and what is to be found after each."""
+"""One cell of the matrix: a command with a fault, then without.
+
+It says what is to be found after each.
+"""
 
 import ctypes
 import json
@@ -49,7 +52,10 @@ def fresh_disk(root: Path, state: Path | None) -> None:
 
 
 def beside(root: Path) -> Path:
-    """Where this bench writes down what happens in a place: on another disk, which is never full."""
+    """Where this bench writes down what happens in a place.
+
+    That is on another disk, which is never full.
+    """
     return root.with_name("beside")
 
 
@@ -321,7 +327,7 @@ def verdict(cell: dict[str, Any], fault: Fault) -> str:
 
 
 def in_child(work: Callable[[], object]) -> None:
-    """In a process of its own: one that read tables must not be forked from."""
+    """Do work in a process of its own: one that read tables must not be forked from."""
     assert os.waitstatus_to_exitcode(os.waitpid(fork(work), 0)[1]) == 0, f"{work} failed"
 
 

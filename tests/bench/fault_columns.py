@@ -1,4 +1,7 @@
-"""The columns of the matrix: what each command does, from which state, and the moment at which a fault finds it."""
+"""The columns of the matrix.
+
+They say what each command does, from which state, and the moment at which a fault finds it.
+"""
 
 import hashlib
 import json

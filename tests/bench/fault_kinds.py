@@ -1,4 +1,6 @@
-"""The faults of the matrix, each where it strikes: in the process that has come to a moment, or from the start on.
+"""The faults of the matrix, each where it strikes.
+
+That is in the process that has come to a moment, or from the start on.
 
 Signals, the terminal's end, a full disk and a read-only one are the system's own. An I/O error, a
 disk without hard links and a clock that was set back are what the calls of this process say.
@@ -51,9 +53,11 @@ class Fault:
     strike: Callable[[Struck], None] | None = None
     """Done at the moment."""
     throughout: Callable[[Struck], None] | None = None
-    """Done in the command's process before it begins; it says `hit` when it was in somebody's way."""
+    """Done in the command's process before it begins; it says `hit` when it was in somebody's
+    way."""
     around: str = ""
-    """`read-only`, `later`, `503` or `slow`: what holds for disk, clock or server while the command runs."""
+    """`read-only`, `later`, `503` or `slow`: what holds for disk, clock or server while the command
+    runs."""
     disk: bool = False
     """Whether it strikes who writes files on this machine."""
     needs_stage: bool = False
@@ -157,7 +161,7 @@ FAULTS = {
 
 
 def mount_read_only(folder: Path) -> None:
-    """In this mount namespace."""
+    """Make a folder read-only in this mount namespace."""
     subprocess.run(["mount", "--bind", folder, folder], check=True)
     subprocess.run(["mount", "-o", "remount,ro,bind", folder], check=True)
 

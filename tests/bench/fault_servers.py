@@ -1,4 +1,7 @@
-"""The servers of the matrix, told to fail: a bucket of an S3 server, and the stand-in for the Hub."""
+"""The servers of the matrix, told to fail.
+
+They are a bucket of an S3 server, and the stand-in for the Hub.
+"""
 
 import ctypes
 import json
@@ -28,7 +31,7 @@ class Bucket:
     name: str
 
     def environment(self) -> dict[str, str]:
-        """As a user sets it, but a driver that gives up sooner."""
+        """The environment that a user sets, but with a driver that gives up sooner."""
         settings = {"ACCESS_KEY_ID": "a", "SECRET_ACCESS_KEY": "b", "MAX_ATTEMPTS": "2"}
         settings |= {"ENDPOINT_URL": self.url, "DEFAULT_REGION": "us-east-1"}
         return {f"AWS_{name}": value for name, value in settings.items()}
@@ -106,7 +109,7 @@ class HubBeside:
 
 
 def use_hub(url: str, cache: Path) -> None:
-    """In a process that has read the library's settings already."""
+    """Use the stand-in in a process that has read the library's settings already."""
     from huggingface_hub import constants
     from huggingface_hub.utils import disable_progress_bars
 

@@ -1,4 +1,6 @@
-"""Every command under every fault: what is lost, what is made again, what it says, and what it leaves behind.
+"""Every command under every fault.
+
+It is asked what is lost, what is made again, what the command says, and what it leaves behind.
 
     python tests/bench/faults.py DIR [--only [COLUMN][/FAULT] ...] [--tiny] [--show]
 
@@ -12,8 +14,8 @@ store whole, everything equal to what a run without a fault makes, and no file l
 does not take.
 
 The commands are the real ones in processes of their own (`support/forked.py`), in a mount namespace
-with a small disk. Cells that are in DIR already are not run again. Prints a table and what each cell
-says, then one line of JSON.
+with a small disk. Cells that are in DIR already are not run again. It prints a table and what each
+cell says, then one line of JSON.
 """
 
 import argparse
@@ -47,7 +49,8 @@ S3_SERVER = Path(__file__).parents[1] / "support" / "s3_server.py"
 NAMESPACE = ["unshare", "--map-root-user", "--mount"]
 INSIDE = "STILLROOM_BENCH_NAMESPACE"
 TRIES = 3
-"""Of two processes the one that waits for the fault may find all work taken; the cell is run again."""
+"""Of two processes the one that waits for the fault may find all work taken; the cell is run
+again."""
 TINY = [("data", "disk full")]
 AHEAD = [
     *"pandas pyarrow.dataset pyarrow.json pyarrow.parquet duckdb datasets s3fs xxhash".split(),

@@ -1,6 +1,7 @@
 """Damaged input, drawn by hypothesis: whether every command answers as documented, or has a bug.
 
-    python tests/bench/fuzz.py [--seconds 3600] [--only NAME ...] [--task TASK] [--seed 0] [--out DIR]
+    python tests/bench/fuzz.py [--seconds 3600] [--only NAME ...] [--task TASK] [--seed 0]
+                               [--out DIR]
 
 A small store, run, published folder, recipes and data are made once. An example copies them,
 damages one thing (`fuzz_targets.py`) and runs one command in this process. It is a finding if
@@ -11,7 +12,7 @@ damages one thing (`fuzz_targets.py`) and runs one command in this process. It i
     a file beside the copy, or in the working folder, has changed.
 
 Findings are told apart by the place in our code that they come from. Where the interpreter itself
-dies, the damaged copy stays in DIR/work. Prints a table, then one line of JSON.
+dies, the damaged copy stays in DIR/work. It prints a table, then one line of JSON.
 """
 
 import argparse
@@ -154,9 +155,10 @@ def _place(error: BaseException) -> str:
 
 @contextmanager
 def _time_limit() -> Iterator[None]:
-    """TooSlow where Python still runs; else the interpreter ends, saying where it was.
+    """Raise TooSlow where Python still runs; else the interpreter ends, saying where it was.
 
-    Of processor time, for others use the machine; the end comes after a minute and a half by the clock.
+    The limit is of processor time, for others use the machine. The end comes after a minute and a
+    half by the clock.
     """
     signal.signal(signal.SIGPROF, _too_slow)
     signal.setitimer(signal.ITIMER_PROF, SECONDS)

@@ -1,7 +1,9 @@
-"""Small damages as hypothesis strategies: to a value of JSON, to bytes, to the lines of a text, to a Parquet table.
+"""Small damages as hypothesis strategies.
 
-An edit is drawn without knowing what it will be made to: it says where by a number, taken modulo the
-places that there are.
+They are done to a value of JSON, to bytes, to the lines of a text, or to a Parquet table.
+
+An edit is drawn without knowing what it will be made to: it says where by a number, taken modulo
+the places that there are.
 """
 
 import copy

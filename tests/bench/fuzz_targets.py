@@ -107,7 +107,10 @@ def _in_a_file(*patterns: str, commands: Callable[[World], list[Words]]) -> Targ
 
 
 def _damage_shard(world: World, drawn: Any) -> list[Words]:
-    """A shard of a store: bytes, or other rows; `sealed`: its name and its record say its new hash."""
+    """A shard of a store: bytes, or other rows.
+
+    `sealed`: its name and its record say its new hash.
+    """
     which, edits, what, sealed = drawn
     records = [*world.files("store/commits/*/*.json"), *world.files("store/inputs/*.json")]
     path = records[which % len(records)]
@@ -196,7 +199,10 @@ _KINDS = (".jsonl", ".json", ".csv", ".txt", ".md", ".parquet", ".arrow")
 
 
 def _damage_data(world: World, drawn: Any) -> list[Words]:
-    """A file of records: edited records, in any of the formats that are read, packed, then edited bytes."""
+    """Make a file of records, in any of the formats that are read.
+
+    The records are edited, packed, and then their bytes are edited.
+    """
     which, edits, kind, packed, more = drawn
     name = sorted(RECORDS)[which % len(RECORDS)]
     records = edited_json(RECORDS[name], edits)
@@ -251,7 +257,10 @@ def _as_arrow(table: pa.Table) -> bytes:
 
 
 def _damage_import(world: World, drawn: Any) -> list[Words]:
-    """A foreign table of ids and log-probabilities: edited rows as JSONL, or an edited table as Parquet."""
+    """Make a foreign table of ids and log-probabilities.
+
+    It has edited rows as JSONL, or is an edited table as Parquet.
+    """
     edits, table_edits = drawn
     rng = random.Random(0)
     rows = [_foreign_row(rng) for _ in range(6)]

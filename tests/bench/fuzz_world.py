@@ -1,4 +1,7 @@
-"""What `fuzz.py` damages: a small store, run, published folder, recipes and data, all valid; what is run on them."""
+"""What `fuzz.py` damages: a small store, run, published folder, recipes and data, all valid.
+
+What is run on them.
+"""
 
 import shutil
 from collections.abc import Callable
@@ -24,7 +27,10 @@ _TEMPLATE = (
 
 
 class World:
-    """A store, a run, a published folder, recipes and data, all valid; and a copy of them to damage."""
+    """A store, a run, a published folder, recipes and data, all valid.
+
+    There is a copy of them to damage.
+    """
 
     def __init__(self, root: Path) -> None:
         self._begin(root)
@@ -49,7 +55,10 @@ class World:
         self.work.mkdir()
 
     def _recipes(self, tree: dict[str, Any]) -> None:
-        """Other recipes on the same world: from the published folder, and stage one of each format of data."""
+        """Write other recipes on the same world.
+
+        They are from the published folder, and stage one of each format of data.
+        """
         published = str(self.work / "published-0")
         storage = {"dir": str(self.work / "new"), "sources": [published]}
         sourced = tree | {"storage": storage}

@@ -1,13 +1,15 @@
-"""Kernel tests and all benches of the fast paths on one NVIDIA GPU, in one command of under nine minutes.
+"""Kernel tests and all benches of the fast paths on one NVIDIA GPU.
+
+It is one command of under nine minutes.
 
     python tests/bench/gpu_check.py [--out DIR] [--wheels DIR] [--only PART ...] [--commit NAME]
-    [--rehearse]
+                                    [--rehearse]
 
-Runs with whatever Python starts it, needs no network and no installed `stillroom`: the checkout is
-made importable by links in a temporary folder. Wheels that the machine lacks (README.md beside this
-says which) are installed into another one. Each part is a process with a time limit of its own; one
-that fails or overruns is reported, and the others go on. After every part the report is written
-anew: gpu-DATE-NAME.md and .json, and .log with all that was printed.
+It runs with whatever Python starts it, needs no network and no installed `stillroom`: the checkout
+is made importable by links in a temporary folder. Wheels that the machine lacks (README.md beside
+this says which) are installed into another one. Each part is a process with a time limit of its
+own; one that fails or overruns is reported, and the others go on. After every part the report is
+written anew: gpu-DATE-NAME.md and .json, and .log with all that was printed.
 
 Exit status: 0, or 1 where a kernel test failed, 2 where there is no GPU. --rehearse does without
 one: tiny sizes on the CPU, kernels interpreted; its figures mean nothing.
@@ -57,7 +59,8 @@ import json, platform
 from importlib.metadata import version
 import torch
 there = torch.cuda.is_available()
-facts = {"gpu": torch.cuda.get_device_name() if there else None, "python": platform.python_version()}
+gpu = torch.cuda.get_device_name() if there else None
+facts = {"gpu": gpu, "python": platform.python_version()}
 facts |= {"memory_gib": round(torch.cuda.mem_get_info()[1] / 2**30, 1)} if there else {}
 for name in ("torch", "triton", "transformers", "pyarrow", "numpy", "liger-kernel", "trl"):
     try:
@@ -102,7 +105,8 @@ def main() -> int:
         )
         if facts["gpu"] is None and not words.rehearse:
             sys.stderr.write(
-                "gpu-check: torch sees no NVIDIA GPU here. Nothing was run; --rehearse does without one.\n"
+                "gpu-check: torch sees no NVIDIA GPU here. Nothing was run; --rehearse does "
+                "without one.\n"
             )
             return 2
         facts |= {
@@ -127,7 +131,10 @@ def main() -> int:
 
 @contextmanager
 def prepared(wheels: Path | None, *, rehearse: bool) -> Iterator[dict[str, str]]:
-    """Environment of the parts: links to the three packages, wheels, a home and caches that are gone afterwards."""
+    """The environment of the parts.
+
+    It has links to the three packages, wheels, and a home and caches that are gone afterwards.
+    """
     with tempfile.TemporaryDirectory(prefix="stillroom-gpu-") as folder:
         tree, site, home = (Path(folder) / name for name in ("tree", "site", "home"))
         (tree / "stillroom").mkdir(parents=True)
@@ -234,7 +241,10 @@ def run(name: str, limit: float, environment: dict[str, str], *, rehearse: bool)
 
 
 def bars(stated: Any) -> list[dict[str, Any]]:
-    """Rows of `what`, `found`, `bar`, `met`, `why`; a bench has such, or by name `found`, `at_most` or `at_least`."""
+    """Rows of `what`, `found`, `bar`, `met`, `why`.
+
+    A bench has such rows, or by name `found`, `at_most` or `at_least`.
+    """
     if isinstance(stated, list):
         return [
             {name: bar[name] for name in ("what", "found", "bar", "met")} | {"why": bar.get("why")}
@@ -272,7 +282,7 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def driver() -> str | None:
-    """As nvidia-smi names it."""
+    """The driver's version as nvidia-smi names it."""
     if not (tool := shutil.which("nvidia-smi")):
         return None
     words = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
@@ -282,7 +292,7 @@ def driver() -> str | None:
 
 
 def commit() -> str | None:
-    """Of the checkout, with a plus sign where files differ from it."""
+    """The commit of the checkout, with a plus sign where files differ from it."""
     git = ["git", "-C", str(ROOT)]
     try:
         found = subprocess.run(
@@ -312,7 +322,8 @@ class Report:
         sys.stdout.write(f"{part.name:<12}{part.status:<14}{part.seconds:>6.1f} s\n")
         for bar in part.bars:
             sys.stdout.write(
-                f"    {shown(bar['met']):<14}{shown(bar['found']):>10}  {bar['bar']:<10} {bar['what']}\n"
+                f"    {shown(bar['met']):<14}{shown(bar['found']):>10}  "
+                f"{bar['bar']:<10} {bar['what']}\n"
             )
         if part.status != "ok":
             sys.stdout.write("".join(f"    {line}\n" for line in last(part, 8)))
@@ -345,7 +356,8 @@ class Report:
         for part in self.parts:
             for bar in part.bars:
                 met = shown(bar["met"]) + (f" ({bar['why']})" if bar["why"] else "")
-                yield f"| {part.name}: {bar['what']} | {shown(bar['found'])} | {bar['bar']} | {met} |"
+                found = shown(bar["found"])
+                yield f"| {part.name}: {bar['what']} | {found} | {bar['bar']} | {met} |"
         for part in self.parts:
             yield f"\n## {part.name}\n\n```"
             yield part.output.strip("\n") if part.status == "ok" else "\n".join(last(part, 30))
@@ -353,7 +365,7 @@ class Report:
 
 
 def shown(value: Any) -> str:
-    """In a table."""
+    """A value as it stands in a table."""
     if isinstance(value, bool):
         return "yes" if value else "**no**"
     if isinstance(value, float):

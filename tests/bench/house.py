@@ -1,4 +1,6 @@
-"""How a checkout is built: files in a folder, imports, circles, statements, names, density of its lines.
+"""How a checkout is built.
+
+It shows files in a folder, imports, circles, statements, names, and the density of its lines.
 
 `python tests/bench/house.py [CHECKOUT ...]` prints a column for each and ends with one JSON line.
 Sources are parsed, not imported. Lines of code are neither blank nor comments nor docstrings.

@@ -1,4 +1,6 @@
-"""What classifiers are worth on the texts of a snapshot, by the product's measures: many texts a pass.
+"""What classifiers are worth on the texts of a snapshot, by the product's measures.
+
+Many texts share a pass.
 
 The stage `evaluate` takes a text at a time, so that its memory is that of one; some hundred small
 students need not.

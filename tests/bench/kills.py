@@ -1,4 +1,6 @@
-"""Random kill -9 over 1 to 4 workers on one store: how many rows are lost, duplicated, or have to be made again.
+"""Random kill -9 over 1 to 4 workers on one store.
+
+It counts how many rows are lost, duplicated, or have to be made again.
 
     python tests/bench/kills.py [--kills 1000] [--seed 0] [--tiny]
 
@@ -10,7 +12,7 @@ adds before it adds it, and what is committed once the writer says so.
 
 Rows lost: said to be committed, and not there. Duplicated: in two commits. Redone: added by a
 killed worker and not in the store, so that somebody has to make them again; at most two commit
-intervals, the rows that wait and the shard in the making. Prints a table, then one line of JSON.
+intervals, the rows that wait and the shard in the making. It prints a table, then one line of JSON.
 """
 
 import argparse
@@ -206,7 +208,10 @@ def _count(
 
 
 def _verified(root: Path) -> tuple[list[bytes], int]:
-    """Keys in the store, and problems; in a process of its own, for a forked one must not inherit Arrow's threads."""
+    """Keys in the store, and problems.
+
+    They are found in a process of its own, for a forked one must not inherit Arrow's threads.
+    """
     reading, writing = os.pipe()
     pid = os.fork()
     if pid == 0:

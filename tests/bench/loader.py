@@ -1,4 +1,6 @@
-"""How fast a snapshot is read, against `datasets` and mosaicml-streaming on the same rows; how fast reading resumes.
+"""How fast a snapshot is read, against `datasets` and mosaicml-streaming on the same rows.
+
+How fast reading resumes.
 
     python tests/bench/loader.py [--tiny] [--mds-python PYTHON] [--only PART]
 
@@ -18,13 +20,13 @@ Trainer: samples of a store (V = 512, K = 64, as long as short stories) read and
 and the same training a student of 1M parameters, in turns in one process; tokens/s of the one over
 those of the other. Bar: 5.
 
-Check: what a machine does once with each shard before it trains on it (hash, every row), and what it
-does later (a look whether the file changed), beside reading the same columns once; in turns in one
-process, in CPU seconds. Bar: 3 times.
+Check: what a machine does once with each shard before it trains on it (hash, every row), and what
+it does later (a look whether the file changed), beside reading the same columns once; in turns in
+one process, in CPU seconds. Bar: 3 times.
 
-Features: rows with int8 states of one layer (D = 384) beside their targets, against the targets alone,
-shuffled, each way in a process of its own, in turns. CPU seconds, per byte that is stored: how much
-dearer a byte of features is than one of targets. Bar: 2. And the memory of both.
+Features: rows with int8 states of one layer (D = 384) beside their targets, against the targets
+alone, shuffled, each way in a process of its own, in turns. CPU seconds, per byte that is stored:
+how much dearer a byte of features is than one of targets. Bar: 2. And the memory of both.
 """
 
 import argparse
@@ -148,7 +150,8 @@ def speed(folder: Path, *, rows: int, repeats: int, mds_python: str | None) -> d
         }
     print(f"{rows} rows, T = {T}, K = {K}, batches of {BATCH}, {repeats} turns")
     print(
-        f"{'loader':<12}{'ktok/s':>8}{'stillroom is':>14}{'first batch s':>15}{'peak RSS MB':>13}{'bytes/token':>13}"
+        f"{'loader':<12}{'ktok/s':>8}{'stillroom is':>14}"
+        f"{'first batch s':>15}{'peak RSS MB':>13}{'bytes/token':>13}"
     )
     for name in pythons:
         row = table[name]
@@ -172,7 +175,10 @@ def one_pass(python: str, name: str, folder: Path, number: int = 0) -> dict[str,
 
 
 def consume(samples: Iterator[dict[str, np.ndarray]], stored: int) -> dict[str, Any]:
-    """Stack every batch into the same arrays, as into pinned memory; the clock runs from before the first row."""
+    """Stack every batch into the same arrays, as into pinned memory.
+
+    The clock runs from before the first row.
+    """
     kinds = {name: np.int32 if name in ("token_ids", "ids") else np.float32 for name in COLUMNS}
     arrays: dict[str, np.ndarray] = {}
     first = 0.0
@@ -270,7 +276,10 @@ def read_mds(folder: Path, number: int) -> dict[str, Any]:
 
 
 def write_rows(folder: Path, rows: int) -> None:
-    """A store of random targets that look like a teacher's, and the same columns as plain arrays."""
+    """Write a store of random targets that look like a teacher's.
+
+    The same columns are written as plain arrays.
+    """
     from stillroom.storage.keys import content_key
     from stillroom.storage.store.store import Store
 
@@ -326,7 +335,10 @@ def random_targets(rng: np.random.Generator) -> Any:
 
 
 def resume(folder: Path, *, shards: int, rows: int, repeats: int) -> dict[str, Any]:
-    """From opening the store to the first batch, each time in a new process and from another sample."""
+    """Time from opening the store to the first batch.
+
+    Each time is in a new process and from another sample.
+    """
     snapshot = write_shards(folder / "many", shards=shards, rows=rows)
     (folder / "snapshot").write_text(snapshot)
     found = [one_pass(sys.executable, "resume", folder, number) for number in range(repeats)]
@@ -334,7 +346,8 @@ def resume(folder: Path, *, shards: int, rows: int, repeats: int) -> dict[str, A
     table |= {name: [turn[name] for turn in found] for name in found[0]}
     milliseconds = statistics.median(table["milliseconds"])
     print(
-        f"\nresume, {shards} shards, {rows} rows, batch of {BATCH}: first batch after {milliseconds:.0f} ms (median)"
+        f"\nresume, {shards} shards, {rows} rows, batch of {BATCH}: first batch after "
+        f"{milliseconds:.0f} ms (median)"
     )
     print(
         "  of these to load the snapshot: "
@@ -386,7 +399,10 @@ def resume_once(folder: Path, number: int) -> dict[str, Any]:
 
 
 def write_shards(root: Path, *, shards: int, rows: int) -> str:
-    """A store of small rows and a snapshot of them all; written past the commit log, which resuming does not read."""
+    """A store of small rows and a snapshot of them all.
+
+    They are written past the commit log, which resuming does not read.
+    """
     import pyarrow as pa
 
     from stillroom.storage.keys import content_key
@@ -445,7 +461,10 @@ def read_file(file: Any) -> int:
 
 
 def check(folder: Path, *, rows: int, repeats: int) -> dict[str, Any]:
-    """CPU seconds of reading the files of a store once, of checking them, and of knowing them later."""
+    """CPU seconds of reading the files of a store once.
+
+    Beside it are those of checking them, and of knowing them later.
+    """
     from stillroom.storage.integrity.checked import Memory, check_file, held
     from stillroom.storage.store.store import Store
 
@@ -522,10 +541,12 @@ def features(folder: Path, *, rows: int, repeats: int, apart: bool) -> dict[str,
         cpu = statistics.median(turn["cpu_seconds"] for turn in found)
         peak = max(turn["peak_rss_mb"] for turn in found)
         print(
-            f"  {way:<12}{cpu:>9.2f} CPU seconds{peak:>8.0f} MB{found[0]['bytes'] / 2**20:>9.1f} MiB"
+            f"  {way:<12}{cpu:>9.2f} CPU seconds{peak:>8.0f} MB"
+            f"{found[0]['bytes'] / 2**20:>9.1f} MiB"
         )
     print(
-        f"  with features {table['cpu_over_targets']} of the time for {table['bytes_over_targets']} "
+        f"  with features {table['cpu_over_targets']} of the time for "
+        f"{table['bytes_over_targets']} "
     )
     print(
         f"  of the bytes; a byte of them takes {table['per_byte_over_targets']} of one of targets"
@@ -601,7 +622,10 @@ def read_samples(folder: Path, number: int, *, with_features: bool) -> dict[str,
 
 
 def against_trainer(folder: Path, *, turns: int, tiny: bool) -> dict[str, Any]:
-    """Tokens per second of reading and packing, and of training on it; the ratio is the median over the turns."""
+    """Tokens per second of reading and packing, and of training on it.
+
+    The ratio is the median over the turns.
+    """
     import torch
     from train_step import Arm, Scale, make_arm, write_store
 

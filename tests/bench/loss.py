@@ -1,4 +1,6 @@
-"""What soft targets cost a training step: the fused loss against cross-entropy, its products alone, and its peers.
+"""What soft targets cost a training step, for the fused loss.
+
+It is compared with cross-entropy, its products alone, and its peers.
 
     python tests/bench/loss.py [--tiny] [--out DIR]
 
@@ -172,7 +174,10 @@ def timed(problem: Problem, way: Callable[[], Any]) -> float:
 
 
 def memory(size: Size, tiny: bool) -> dict[str, Any]:
-    """MiB beyond inputs and gradients, by way and tokens; on a GPU the float32 sum of dW is not counted either."""
+    """MiB beyond inputs and gradients, by way and tokens.
+
+    On a GPU the float32 sum of dW is not counted either.
+    """
     if size.device == "cpu":
         counts = (size.n,) if tiny else (size.n // 2, size.n, 2 * size.n)
         ways = ("ours", "plain torch") if tiny else ("ours", "plain torch CE", "plain torch")
@@ -217,7 +222,10 @@ def in_process(way: str, n: int, tiny: bool) -> dict[str, float]:
 
 
 def resident(way: str, size: Size) -> int:
-    """Bytes that this process takes at most for one forward and backward pass, beyond inputs and gradients."""
+    """Bytes that this process takes at most for one forward and backward pass.
+
+    They are counted beyond inputs and gradients.
+    """
     WAYS[way](Problem(replace(size, n=8))).backward()  # what torch allocates once
     problem = Problem(size)
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
@@ -235,7 +243,10 @@ def _status(name: str) -> int:
 
 
 def errors(size: Size) -> dict[str, Any]:
-    """Relative errors of value, dX and dW against float64: ours and the usual loss all in the same dtype."""
+    """Relative errors of value, dX and dW against float64.
+
+    Ours and the usual loss are all in the same dtype.
+    """
     found = {}
     for dtype in (torch.float32, torch.bfloat16):
         problem = Problem(replace(size, dtype=dtype))

@@ -1,4 +1,7 @@
-"""The losses that `loss.py` times, each forward and backward on the same states, head and targets."""
+"""The losses that `loss.py` times.
+
+Each goes forward and backward on the same states, head and targets.
+"""
 
 import math
 import sys
@@ -37,7 +40,7 @@ class Size:
 
     @property
     def gradient_bytes(self) -> int:
-        """Of the states and of the head, in their own dtype."""
+        """Bytes of the gradients of the states and of the head, in their own dtype."""
         return (self.n * self.d + self.v * self.d) * self.dtype.itemsize
 
 
@@ -63,7 +66,7 @@ class Problem:
         return torch.randn(*shape, generator=self._generator, device=self.size.device)
 
     def gradients(self) -> tuple[Tensor, Tensor]:
-        """As they are now, and no more there."""
+        """The gradients as they are now; they are taken away."""
         found = self.hidden.grad, self.weight.grad
         self.hidden.grad = self.weight.grad = None
         assert found[0] is not None
@@ -104,7 +107,10 @@ def plain_cross_entropy(problem: Problem) -> Tensor:
 
 
 def plain(problem: Problem) -> Tensor:
-    """Log-softmax of all tokens in float32, gathered; the tail by a logsumexp over what is not gathered."""
+    """Log-softmax of all tokens in float32, gathered.
+
+    The tail by a logsumexp over what is not gathered.
+    """
     return naive(problem.hidden, problem.weight, problem.targets, torch.float32)
 
 

@@ -1,13 +1,15 @@
-"""Masked language models: a BERT that guesses hidden tokens of stories, and small students of two layers.
+"""Masked language models.
+
+A BERT guesses hidden tokens of stories, and so do small students of two layers.
 
     python tests/bench/masked_lm.py DIR [--seeds 0,1,2] [--tiny]
 
 Texts are parts of the stories of the asset TinyStories, whose own splits are kept: what the teacher
-learns, what students learn (some of it), what chooses learning rates, and what judges, which is read
-once. A BERT is trained on the spot, its tokens hidden anew in each epoch. Students learn from a part of
-these texts, their tokens hidden once: from the hidden tokens alone, and from the teacher's best guesses
-as well. Each has the learning rate whose cross-entropy on validation texts is best at the first seed. The
-last line is JSON.
+learns, what students learn (some of it), what chooses learning rates, and what judges, which is
+read once. A BERT is trained on the spot, its tokens hidden anew in each epoch. Students learn from
+a part of these texts, their tokens hidden once: from the hidden tokens alone, and from the
+teacher's best guesses as well. Each has the learning rate whose cross-entropy on validation texts
+is best at the first seed. The last line is JSON.
 """
 
 import json
@@ -66,7 +68,10 @@ SCALES = {
 
 
 def texts(part: str, words: int) -> Iterator[str]:
-    """Parts of the stories of a split, of so many words each; what is left of a story is left out."""
+    """Parts of the stories of a split, of so many words each.
+
+    What is left of a story is left out.
+    """
     folder = ASSETS / "text" / "tinystories-8k"
     for story in pq.read_table(folder / f"{part}.parquet")["text"].to_pylist():
         found = story.split()
@@ -80,7 +85,10 @@ def some(part: str, many: int, words: int) -> list[str]:
 
 
 def train_teacher(folder: Path, train: list[str], scale: Scale) -> None:
-    """A BERT that has learnt to guess hidden tokens of these texts, and a tokenizer of their words; saved."""
+    """A BERT that has learnt to guess hidden tokens of these texts, and a tokenizer of their words.
+
+    saved.
+    """
     torch.manual_seed(0)
     tokenizer = _tokenizer(train, scale.vocabulary)
     config = BertConfig(

@@ -1,14 +1,15 @@
-"""Where every second of a run goes: the real command line, from prompts to a judged student, stage by stage.
+"""Where every second of a run goes, stage by stage.
+
+It is the real command line, from prompts to a judged student.
 
     python tests/bench/pipeline.py [--tiny] [--out DIR] [--engine vllm|hf]
 
-Makes a tokenizer and a teacher of about 16M parameters (on CUDA 180M) with random weights, V =
-16,384, and runs
-`stillroom run` on them in a process of its own. Each stage's process splits its wall time (`stages/workers/clock.py`):
-start-up, model (vLLM's steps and a student's steps with their losses count as that), tokenizer,
-files, and all else. The row `runner` is the process of the command line itself: its start, and what
-it does between the stages. Rows add up to the wall time of the command as measured from outside;
-what they miss is shown.
+The bench makes a tokenizer and a teacher of about 16M parameters (on CUDA 180M) with random
+weights, V = 16,384, and runs `stillroom run` on them in a process of its own. Each stage's process
+splits its wall time (`stages/workers/clock.py`): start-up, model (vLLM's steps and a student's
+steps with their losses count as that), tokenizer, files, and all else. The row `runner` is the
+process of the command line itself: its start, and what it does between the stages. Rows add up to
+the wall time of the command as measured from outside; what they miss is shown.
 
 The bar: of its time after start-up, no stage spends more than 10 % on all else.
 """
@@ -209,7 +210,7 @@ def run(recipe: Path) -> tuple[dict[str, dict[str, float]], float]:
 
 
 def share(row: dict[str, float]) -> float:
-    """Of the time after start-up, that which went to neither model, tokenizer nor files."""
+    """The share of the time after start-up that went to neither model, tokenizer nor files."""
     worked = sum(row.values()) - row["start"]
     return row["other"] / worked if worked else 0.0
 

@@ -1,4 +1,6 @@
-"""Text that every machine with Python has: the sources of installed packages, held out by package, with a tokenizer.
+"""Text that every machine with Python has: the sources of installed packages.
+
+They are held out by package, and come with a tokenizer.
 
 Files come in the order of their hashes, so the corpus is a function of what is installed. A file is
 dropped where most of its long lines were seen in files before it (copies, generated code, vendored
@@ -82,7 +84,10 @@ def texts(shares: Shares) -> Texts:
 
 
 def excerpt(text: str, characters: int) -> str:
-    """Whole lines from a place that the text's hash decides, about so many characters; all of a short text."""
+    """Whole lines from a place that the text's hash decides, about so many characters.
+
+    All of a short text.
+    """
     if len(text) <= characters:
         return text
     lines = text.splitlines(keepends=True)
@@ -119,7 +124,10 @@ def write_documents(path: Path, documents: list[str]) -> None:
 
 
 def write_corpus(folder: Path, shares: Shares, *, vocab_size: int) -> None:
-    """The student's and the held-out texts, the teacher's token ids and the tokenizer, into `folder`."""
+    """Write the student's and the held-out texts into `folder`.
+
+    The teacher's token ids and the tokenizer go there too.
+    """
     from tokenizers import Tokenizer
 
     found = texts(shares)

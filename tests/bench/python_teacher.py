@@ -1,6 +1,8 @@
-"""A teacher that is trained here: a small Llama on token ids, once through them or more; CPU or GPU, bfloat16 autocast.
+"""A teacher that is trained here: a small Llama on token ids, once through them or more.
 
-Kept as a model folder that any recipe can name.
+CPU or GPU, bfloat16 autocast.
+
+It is kept as a model folder that any recipe can name.
 """
 
 import math
@@ -84,8 +86,8 @@ def train_model(model: nn.Module, folder: Path, ids: np.ndarray, *, size: Teache
             done, seconds = (step + 1) * per_step * size.window, time.monotonic() - began
             print(
                 (
-                    f"teacher: {done} tokens, cross-entropy {smooth:.3f} nats, {done / seconds:.0f} "
-                    "tokens/s"
+                    f"teacher: {done} tokens, cross-entropy {smooth:.3f} nats, "
+                    f"{done / seconds:.0f} tokens/s"
                 ),
                 flush=True,
             )

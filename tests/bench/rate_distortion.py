@@ -1,11 +1,13 @@
-"""Bytes per token against what a student's loss gets wrong, for every kind of target, on a real teacher's answers.
+"""Bytes per token against what a student's loss gets wrong, for every kind of target.
+
+It is measured on a real teacher's answers.
 
     python tests/bench/rate_distortion.py DIR [--tiny]
 
-Trains a teacher and a smaller student on TinyStories and WikiText-2 with GPT-2's tokenizer (a
-quarter of an hour on two cores; kept in DIR, so a second call goes on), scores held-out text,
-writes every kind and setting with the store's own writer, reads it back and measures the files and
-`distortion.py`'s errors. DIR/rate-distortion.svg is the plot. The last line is JSON.
+The bench trains a teacher and a smaller student on TinyStories and WikiText-2 with GPT-2's
+tokenizer (a quarter of an hour on two cores; kept in DIR, so a second call goes on), scores
+held-out text, writes every kind and setting with the store's own writer, reads it back and measures
+the files and `distortion.py`'s errors. DIR/rate-distortion.svg is the plot. The last line is JSON.
 """
 
 import json
@@ -110,7 +112,10 @@ class Point:
 def models(
     folder: Path, *, tiny: bool
 ) -> tuple[SmallModel, SmallModel, dict[str, float], list[torch.Tensor]]:
-    """Teacher, student, the teacher's perplexity by source, and the rows to score (half of them of each source)."""
+    """Teacher, student, the teacher's perplexity by source, and the rows to score.
+
+    Half of the rows are of each source.
+    """
     if tiny:
         size = Size(hidden=32, layers=1, steps=0, learning_rate=0.0, window=32)
         torch.manual_seed(0)
@@ -182,7 +187,10 @@ def settings() -> Iterator[Setting]:
 def stored(
     rows: list[Row], made: list[SoftTargets], setting: Setting, bits: int
 ) -> tuple[float, dict[str, float], list[SoftTargets]]:
-    """Write one setting's rows as the store does, and read them: bytes/token, the same by column, the targets."""
+    """Write one setting's rows as the store does, and read them.
+
+    The bytes/token, the same by column, and the targets are returned.
+    """
     about = {
         "teacher_id": "t",
         "tokenizer_id": "gpt2",

@@ -8,17 +8,18 @@ Texts are random words of one length, and every token but the first is scored.
 
     bare         hidden states, and the logits of every scored position, a chunk at a time
     reduced      the same, and what is kept of each position: on the host, as numpy arrays
-    stage        the real stage: journal, rows, shards written, synced, read back and committed; without start-up
-    plain torch bare, and log_softmax, topk, entropy and the logsumexp of the rest, in float32, a
-    chunk at a time
+    stage        the real stage: journal, rows, shards written, synced, read back and committed;
+                 without start-up
+    plain torch  bare, and log_softmax, topk, entropy and the logsumexp of the rest, in float32, a
+                 chunk at a time
 
 All go through the same rows in the same batches. Each round does them all, in an order that turns;
-ratios to `bare` are taken within a round, then the median. Besides: where the stage's seconds went,
-by its clock, and the largest differences of what is kept to float64. vLLM's prompt
+ratios to `bare` are taken within a round, then the median. It also says where the stage's seconds
+went, by its clock, and the largest differences of what is kept to float64. vLLM's prompt
 log-probabilities are left out: they come from an engine whose bare forward pass is another
 (`engines.py` has what they say).
 
-Prints a table, then one line of JSON; with --out writes both there too.
+It prints a table, then one line of JSON; with --out writes both there too.
 """
 
 import json
@@ -243,7 +244,7 @@ class Bench:
         return job, teacher
 
     def _states(self) -> Iterator[tuple[Batch, Tensor, Tensor]]:
-        """Batches, the hidden states [N, D] of all but their last positions, and the tokens that follow."""
+        """Batches, hidden states [N, D] of all but their last positions, and the next tokens."""
         for batch in self.batches:
             ids = batch.to(self.model.device)
             hidden = hidden_states(self.model, input_ids=ids, attention_mask=torch.ones_like(ids))
@@ -292,7 +293,10 @@ class Bench:
 
     @torch.inference_mode()
     def errors(self) -> dict[str, dict[str, float]]:
-        """Largest differences to float64 from the same hidden states: ours, and those of plain torch."""
+        """Largest differences to float64 from the same hidden states.
+
+        They are ours, and those of plain torch.
+        """
         _, states, following = next(self._states())
         states, following = states[:64], following[:64]
         truth = wide(self._head, states).log_softmax(-1).cpu()
@@ -317,7 +321,7 @@ def wide(head: Head, states: Tensor) -> Tensor:
 
 
 def plain_reduction(logits: Tensor, following: Tensor) -> dict[str, Tensor]:
-    """As it is written down: each number by a pass of its own."""
+    """The reduction as it is written down: each number by a pass of its own."""
     logprobs = logits.float().log_softmax(-1)
     token = logprobs.gather(-1, following[:, None])[:, 0]
     entropy = -(logprobs.exp() * logprobs).sum(-1)
@@ -333,7 +337,10 @@ def plain_reduction(logits: Tensor, following: Tensor) -> dict[str, Tensor]:
 
 
 def differences(found: dict[str, Tensor], truth: Tensor, following: Tensor) -> dict[str, float]:
-    """Largest difference of each number, nats; entries are compared id by id, the tail over the ids outside them."""
+    """Largest difference of each number, nats.
+
+    Entries are compared id by id, the tail over the ids outside them.
+    """
     ids = found["ids"].long()
     expected = {
         "logprobs": truth.gather(-1, ids),
@@ -345,7 +352,10 @@ def differences(found: dict[str, Tensor], truth: Tensor, following: Tensor) -> d
 
 
 def shares(clocks: list[dict[str, float]]) -> dict[str, float]:
-    """Share of the stage's time without start-up that each name has, over all rounds; the seconds of start-up."""
+    """Share of the stage's time without start-up that each name has, over all rounds.
+
+    The seconds of start-up.
+    """
     total = {name: sum(clock[name] for clock in clocks) for name in clocks[0]}
     whole = sum(total.values()) - total["start"]
     found = {name: round(spent / whole, 4) for name, spent in total.items() if name != "start"}
@@ -378,12 +388,13 @@ def bars(found: dict[str, Any], device: str) -> list[dict[str, Any]]:
 
 
 def table(outcome: dict[str, Any]) -> str:
-    """For people."""
+    """The table for people."""
     teacher, clock = outcome["teacher"], outcome["stage_clock"]
     lines = [
-        f"{outcome['device']}, {outcome['threads']} threads, load {outcome['load_average']}; teacher of "
-        f"{teacher['parameters'] / 1e6:.0f}M parameters, {teacher['dtype']}, V = {teacher['vocab_size']}, "
-        f"{outcome['rows']} rows of {outcome['row_tokens']} tokens, K = {outcome['k']}, medians of {outcome['rounds']}",
+        f"{outcome['device']}, {outcome['threads']} threads, load {outcome['load_average']}; "
+        f"teacher of {teacher['parameters'] / 1e6:.0f}M parameters, {teacher['dtype']}, V = "
+        f"{teacher['vocab_size']}, {outcome['rows']} rows of {outcome['row_tokens']} tokens, K = "
+        f"{outcome['k']}, medians of {outcome['rounds']}",
         "",
         "| | scored tokens/s | time over bare |",
         "| --- | ---: | ---: |",

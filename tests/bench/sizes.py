@@ -1,12 +1,14 @@
-"""The limits of size: what each of them costs in memory, how it ends, and whether it leaves files open or behind.
+"""The limits of size.
+
+It shows what each costs in memory, how it ends, and whether it leaves files open or behind.
 
     python tests/bench/sizes.py [--only NAME ...] [--tiny]
 
-Each size is one or more commands, their stages too, in one process forked for it, with a tiny model,
-after a small one of the same has been done there, so that what libraries load and open once is not
-counted. Peak memory is that of the whole process, libraries included; added is what it grew beyond
-the small one. File descriptors are counted before and after, and files in TMPDIR and temporary ones
-in the store after. Prints a table, then one line of JSON.
+Each size is one or more commands, their stages too, in one process forked for it, with a tiny
+model, after a small one of the same has been done there, so that what libraries load and open once
+is not counted. Peak memory is that of the whole process, libraries included; added is what it grew
+beyond the small one. File descriptors are counted before and after, and files in TMPDIR and
+temporary ones in the store after. It prints a table, then one line of JSON.
 """
 
 import argparse

@@ -1,4 +1,6 @@
-"""A teacher with a real vocabulary, trained here in minutes on two cores: GPT-2's 50,257 tokens, real text.
+"""A teacher with a real vocabulary, trained here in minutes on two cores.
+
+It has GPT-2's 50,257 tokens and learns real text.
 
 A small Llama with tied embeddings and a bias on its logits that starts at the log of how often each
 token occurs. The cross-entropy is the real one, over the whole vocabulary; its two matrix products
@@ -35,7 +37,10 @@ class Size:
 
 
 def texts() -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Token ids to train on and held out, by source: TinyStories and WikiText-2 (its two small files)."""
+    """Token ids to train on and held out, by source.
+
+    The sources are TinyStories and WikiText-2 (its two small files).
+    """
     import pyarrow.parquet as pq
     from tokenizers import Tokenizer
 

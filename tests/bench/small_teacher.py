@@ -1,4 +1,6 @@
-"""A BERT-class teacher of labelled texts, trained on the spot: fresh weights, no pretraining, words hidden at random.
+"""A BERT-class teacher of labelled texts, trained on the spot.
+
+It has fresh weights and no pretraining, and its words are hidden at random.
 
 Its vocabulary is the part of BERT's that the training texts have. It is kept as it was after the
 epoch that was best on texts for choosing.
@@ -89,7 +91,10 @@ def naive_bayes(
 
 
 def small_tokenizer(texts: Sequence[str]) -> Any:
-    """BERT's uncased WordPiece with only those pieces that the texts have, and single characters."""
+    """BERT's uncased WordPiece with a part of its pieces.
+
+    They are only those that the texts have, and single characters.
+    """
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
@@ -179,7 +184,10 @@ def train_teacher(
 def _epochs(
     model: nn.Module, ids: list[list[int]], labels: np.ndarray, size: Size, *, mask: int
 ) -> Iterator[float]:
-    """Train an epoch, give its mean loss, and so on: AdamW, 50 steps of warm-up, then linear to 0."""
+    """Train an epoch, give its mean loss, and so on.
+
+    The optimizer is AdamW with 50 steps of warm-up, then linear to 0.
+    """
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=size.learning_rate, betas=(0.9, 0.98), weight_decay=0.01
     )

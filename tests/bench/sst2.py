@@ -1,15 +1,17 @@
-"""Classification, and the comparison of losses that practitioners start from: a sentiment teacher and small students.
+"""Classification, and the comparison of losses that practitioners start from.
+
+There is a sentiment teacher, and there are small students.
 
     python tests/bench/sst2.py DIR [--only teacher|pipeline|study] [--seeds 0,1,2] [--report]
-    [--tiny]
+                                   [--tiny]
 
 teacher    a small BERT trained on sst2's labels, on the spot, in DIR/teacher
-pipeline   pipeline/recipes/sst2.yaml from end to end: teacher, student on labels alone, student distilled; each arm at
-           the learning rate whose cross-entropy on validation rows is best
-study      forward, reverse, skew forward and skew reverse KL, with and without cross-entropy, from a fresh student and
-           from one fine-tuned on labels; each at the learning rate whose accuracy on validation
-           rows is best, and all at one common rate: forward KL's. 5,000 training rows, two epochs,
-           temperature 2
+pipeline   pipeline/recipes/sst2.yaml from end to end: teacher, student on labels alone, student
+           distilled; each arm at the learning rate whose cross-entropy on validation rows is best
+study      forward, reverse, skew forward and skew reverse KL, with and without cross-entropy, from
+           a fresh student and from one fine-tuned on labels; each at the learning rate whose
+           accuracy on validation rows is best, and all at one common rate: forward KL's. 5,000
+           training rows, two epochs, temperature 2
 
 Everything that is done stays in DIR, student by student: a second call goes on. `--report` trains
 nothing. The last line is JSON, which DIR/report.json has too, as DIR/report.md has the tables.
@@ -115,7 +117,10 @@ class Bench:
         ]
 
     def pipeline(self, seeds: tuple[int, ...]) -> None:
-        """The recipe itself at every learning rate at the first seed, and at each arm's best one at all."""
+        """Run the recipe itself at every learning rate at the first seed.
+
+        Then it is run at each arm's best rate at all seeds.
+        """
         trained: dict[tuple[str, float, int], Any] = {}
 
         def train(rate: float, seed: int) -> None:
@@ -126,8 +131,8 @@ class Bench:
                 nats = facts["best"]["hard"]
                 print(
                     (
-                        f"pipeline: {facts['arm']}, rate {rate:g}, seed {seed}: validation {nats:.4f} "
-                        "nats"
+                        f"pipeline: {facts['arm']}, rate {rate:g}, seed {seed}: validation "
+                        f"{nats:.4f} nats"
                     ),
                     flush=True,
                 )
@@ -159,7 +164,10 @@ class Bench:
         ]
 
     def study(self, seeds: tuple[int, ...]) -> None:
-        """The students of the comparison: the whole grid at the first seed, then what it chose at the others."""
+        """Train the students of the comparison.
+
+        It is the whole grid at the first seed, then what that chose at the others.
+        """
         scale = self.scale
         study = Study(self.folder, RECIPE, self.overrides("score"), rows=scale.rows)
         for part, sentences in self._split().items():
@@ -193,7 +201,10 @@ class Bench:
                     _say(study.run(Choice(arm=arm, start=start, rate=common, seed=seed)))
 
     def _settle(self, study: Study, arm: str, start: str, *, seeds: tuple[int, ...]) -> None:
-        """Train at the best rate with every seed, until the best rate is one that every seed was trained at."""
+        """Train at the best rate with every seed.
+
+        It ends when the best rate is one that every seed was trained at.
+        """
         rate = None
         while rate != (rate := best_rate(study.folder, arm, start)):
             for seed in seeds:

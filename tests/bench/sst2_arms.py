@@ -1,4 +1,6 @@
-"""Students of one sentiment teacher: which losses, from which start, at which learning rates; each trained and judged.
+"""Students of one sentiment teacher: which losses, from which start, at which learning rates.
+
+Each trained and judged.
 
 Targets come from the product's store; its trainer, its losses and its measures do the work, without
 a run folder for each of some hundred students. One file per student; what is there is not done
@@ -82,12 +84,15 @@ class Choice:
 
 
 class WithoutLog(ClassPasses):
-    """Skew forward KL where the mixture's probabilities stand in for their logarithms: t (log t - m), summed."""
+    """Skew forward KL where the mixture's probabilities stand in for their logarithms.
+
+    It is t (log t - m), summed.
+    """
 
     def losses(
         self, model: nn.Module, batch: ClassBatch, *, aim: Aim, dtype: torch.dtype
     ) -> Distilled:
-        """As of `ClassPasses`, mistaken."""
+        """The losses of `ClassPasses`, with the mistake."""
         objective = aim.objective
         assert objective is not None
         assert batch.targets.logprobs is not None
@@ -179,7 +184,10 @@ class Study:
         return json.loads(file.read_text())
 
     def fine_tune(self, seed: int, *, rate: float, epochs: int) -> dict[str, Any]:
-        """A student trained on labels alone, kept as it was after the epoch that is best on validation; its numbers."""
+        """Train a student on labels alone, and return its numbers.
+
+        It is kept as it was after the epoch that is best on validation.
+        """
         folder = self.folder / f"fine-tuned-{seed}"
         if not (folder.with_suffix(".json")).is_file():
             model = self._fresh(seed)

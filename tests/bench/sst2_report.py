@@ -1,4 +1,6 @@
-"""From trained students to tables: the pipeline's three arms, the study's losses, and every learning rate.
+"""From trained students to tables.
+
+They show the pipeline's three arms, the study's losses, and every learning rate.
 
 `±` is half a 95 % interval over seeds.
 """
@@ -25,7 +27,9 @@ def read_students(folder: Path) -> list[Student]:
 
 
 def best_rate(folder: Path, arm: str, start: str) -> float:
-    """Learning rate whose students are best on validation rows after two epochs: mean accuracy of the seeds it has.
+    """The learning rate whose students are best on validation rows after two epochs.
+
+    It is by the mean accuracy of the seeds that a rate has.
 
     A rate that was best at one seed and fails at others is not: so the rate is asked for again when
     they are there.
@@ -84,7 +88,7 @@ def _short(student: Student) -> Student:
 
 
 def _parameters(model: Path) -> tuple[int, int]:
-    """Of a saved model: all, and those that are no embeddings."""
+    """How many parameters a saved model has: all, and those that are no embeddings."""
     with safe_open(model / "model.safetensors", "pt") as file:
         sizes = {name: math.prod(file.get_slice(name).get_shape()) for name in file.keys()}
     return sum(sizes.values()), sum(
@@ -99,7 +103,8 @@ def _sizes(found: dict[str, tuple[int, int]]) -> list[str]:
     }
     shares = [100 * found["student"][index] / found["teacher"][index] for index in (0, 1)]
     return [
-        f"Teacher: {of['teacher']}. Student: {of['student']}: {shares[0]:.0f} % and {shares[1]:.0f} % of it.",
+        f"Teacher: {of['teacher']}. Student: {of['student']}: {shares[0]:.0f} % and "
+        f"{shares[1]:.0f} % of it.",
         "",
     ]
 
@@ -157,8 +162,9 @@ def _study(folder: Path, outcome: dict[str, Any], students: list[Student]) -> li
     ]
     about["fine_tuned"] = [found["test"] for found in tuned]
     lines = [
-        f"Teacher {100 * about['teacher']['test']['accuracy']:.1f} % on {about['rows']['test']} test rows; fine-tuned "
-        f"students {_cell([found['accuracy'] for found in about['fine_tuned']], scale=100, digits=1)} %.",
+        f"Teacher {100 * about['teacher']['test']['accuracy']:.1f} % on {about['rows']['test']} "
+        "test rows; fine-tuned students "
+        f"{_cell([found['accuracy'] for found in about['fine_tuned']], scale=100, digits=1)} %.",
     ]
     table = about["arms"] = []
     for start in STARTS:
@@ -168,7 +174,8 @@ def _study(folder: Path, outcome: dict[str, Any], students: list[Student]) -> li
             "",
         ]
         lines += [
-            "| loss | own rate | one epoch | two epochs | ECE | common rate, one epoch | two epochs |"
+            "| loss | own rate | one epoch | two epochs | ECE | common rate, one epoch | two "
+            "epochs |"
         ]
         lines += ["| --- | ---: | ---: | ---: | ---: | ---: | ---: |"]
         for arm in [arm for arm in (*ARMS, *MISTAKES) if (arm, start) in best]:
@@ -205,7 +212,8 @@ def _study(folder: Path, outcome: dict[str, Any], students: list[Student]) -> li
 def _verdicts(found: list[dict[str, Any]]) -> list[str]:
     lines = [
         "",
-        "| finding | write-up | here, own rates | common rate | along the rates, first seed | verdict |",
+        "| finding | write-up | here, own rates | common rate | along the rates, first seed | "
+        "verdict |",
     ]
     lines += ["| --- | --- | ---: | ---: | --- | --- |"]
     for one in found:

@@ -1,8 +1,8 @@
 """The sentences of sst2 that a teacher learns, is chosen by and is judged on.
 
-sst2's own test split judges; which of its training rows are for choosing is decided by the product's
-own hash of a text. So the teacher has seen no row that `stillroom run pipeline/recipes/sst2.yaml`
-validates on or holds out.
+sst2's own test split judges; which of its training rows are for choosing is decided by the
+product's own hash of a text. So the teacher has seen no row that `stillroom run
+pipeline/recipes/sst2.yaml` validates on or holds out.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,9 @@ VALIDATION = 872
 
 
 def split(train: Sentences, test: Sentences, *, validation: int) -> dict[str, Sentences]:
-    """What the recipe judges on, what it validates on and the rest: the smallest hashes first, as it does.
+    """What the recipe judges on, what it validates on, and the rest.
+
+    The smallest hashes come first, as in the recipe.
 
     A text that is in both splits is not trained on.
     """

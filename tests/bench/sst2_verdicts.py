@@ -1,4 +1,6 @@
-"""The findings of a public write-up, one by one: do they stand when each loss has a learning rate of its own?
+"""The findings of a public write-up, one by one.
+
+Do they stand when each loss has a learning rate of its own?
 
 The write-up (Qwen2.5-3B, fine-tuned, to Qwen2.5-0.5B with LoRA; 5,000 training and 1,000 test rows;
 temperature 2; all at one learning rate) reported: teacher 81.1 %; forward KL alone 70.5 % after one
@@ -9,10 +11,10 @@ A finding is a difference of two students in accuracy on test rows, paired by se
 the mean difference is `MARGIN` or more in its direction and every seed has that direction; "changes
 nothing" is there below `MARGIN`.
 
-    stands                        it is there at each student's own learning rate
-    artefact of the learning rate not there at their own rates, but at the common one, or at one of
-    the grid
-    not seen at this size         at none
+    stands                         it is there at each student's own learning rate
+    artefact of the learning rate  not there at their own rates, but at the common one, or at one
+                                   of the grid
+    not seen at this size          at none
 """
 
 from collections.abc import Iterable, Sequence
@@ -91,7 +93,10 @@ FINDINGS = (
 
 
 def accuracy(student: Student, epoch: int) -> float:
-    """On test rows after an epoch, 0 before the first; a student whose training broke off guesses."""
+    """On test rows after an epoch, 0 before the first.
+
+    A student whose training broke off guesses.
+    """
     if epoch == 0:
         return float(student["before"]["test"]["accuracy"])
     return float(student["after"][epoch - 1]["test"]["accuracy"]) if student["after"] else 0.5
@@ -100,7 +105,9 @@ def accuracy(student: Student, epoch: int) -> float:
 def verdicts(
     students: list[Student], *, best: dict[tuple[str, str], float], common: float, first_seed: int
 ) -> list[dict[str, Any]]:
-    """Each finding with its differences (shares) at own rates, at the common rate and along the grid.
+    """Each finding with its differences, which are shares.
+
+    They are at own rates, at the common rate and along the grid.
 
     Args:
         students: All that were trained.

@@ -1,4 +1,6 @@
-"""Angle between the gradient of a student's loss on stored targets and on the live teacher's, against batch size.
+"""How far the gradient of a student's loss on stored targets turns from the live teacher's.
+
+The angle is shown against batch size.
 
 The student is trained on the live teacher; at the start, half-way and at the end of that, every
 estimator's gradient is taken on the same batches, through the product's own loss, from what the
@@ -109,7 +111,7 @@ class _Chunks:
         self.most = min(samples.lengths().scored_tokens for samples in sources.values())
 
     def take(self, tokens: int) -> dict[str, list[Sample]]:
-        """By estimator: whole samples, `tokens` of text or a little less than a sample more."""
+        """Whole samples by estimator, `tokens` of text or a little less than a sample more."""
         first, *others = self._streams
         found = {first: [next(self._streams[first])]}
         while sum(sample.scored_tokens for sample in found[first]) < tokens:
@@ -121,7 +123,10 @@ class _Chunks:
 
 @dataclass
 class _Sums:
-    """Gradients of batches that grow: the sum of two neighbours is the gradient of the batch that holds both."""
+    """Gradients of batches that grow.
+
+    The sum of two neighbours is the gradient of the batch that holds both.
+    """
 
     angles: dict[int, list[list[tuple[float, float]]]] = field(
         default_factory=lambda: defaultdict(list)
@@ -141,7 +146,10 @@ class _Sums:
 
 
 def _sweep(student: Any, teacher: nn.Module, *, chunks: _Chunks, tokens: int) -> dict[str, Any]:
-    """By batch size: angle in degrees and ratio of norms of every estimator, means over the batches of that size."""
+    """Angle in degrees and ratio of norms of every estimator, by batch size.
+
+    They are means over the batches of that size.
+    """
     sums, scored, kl, names = _Sums(), 0, 0.0, chunks.names
     batches = 2 ** (max(1, min(tokens, chunks.most) // SMALLEST).bit_length() - 1)
     smallest = min(SMALLEST, tokens)
@@ -165,7 +173,10 @@ def _sweep(student: Any, teacher: nn.Module, *, chunks: _Chunks, tokens: int) ->
 def _gradients(
     student: Any, teacher: nn.Module, *, texts: dict[str, list[Sample]]
 ) -> tuple[Tensor, float, int]:
-    """[E + 1, P] gradients of the summed loss, the full one first; the full divergence; the scored tokens."""
+    """[E + 1, P] gradients of the summed loss, the full one first; the full divergence.
+
+    The scored tokens.
+    """
     head = split_head(student)
     weights = [p for p in student.parameters() if p.requires_grad]
     settings = {"tokens_per_pass": 2**30, "vocab_size": head.vocab_size}
@@ -197,7 +208,12 @@ def _kept(arm: Arm, vocab_size: int) -> Kept:
 
 
 def kept_of(bench: Bench, arm: Arm) -> dict[str, float | None]:
-    """Of the targets that an arm reads: mean kept mass and entries per token; None where it reads none."""
+    """Mean kept mass and entries per token of the targets that an arm reads.
+
+    It is None where it reads none.
+
+    None where it reads none.
+    """
     if arm.live or not arm.loss["soft_weight"]:
         return {"kept_mass": None, "entries": None}
     snapshot, _ = bench.prepare(arm)

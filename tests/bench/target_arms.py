@@ -1,4 +1,6 @@
-"""The arms of the experiment: which targets each one reads, one store for all, and a live teacher in the loop.
+"""The arms of the experiment.
+
+It says which targets each one reads, from one store for all, or a live teacher in the loop.
 
 Students are trained and judged by the product's own stages (`arms.py`). Training texts and held-out
 texts are two sources of one store: an arm's recipe names the held-out source and pins the snapshot
@@ -89,14 +91,17 @@ DECISIVE = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LivePacking(Packing):
-    """Batches whose targets are made by the teacher on the spot: its distribution over the whole vocabulary."""
+    """Batches whose targets are made by the teacher on the spot.
+
+    They are its distribution over the whole vocabulary.
+    """
 
     teacher: nn.Module
 
     def batches(
         self, samples: Sequence[Sample], temperature: float | None = 1.0
     ) -> Iterator[Batch]:
-        """As of `Packing`, at temperature 1."""
+        """The batches of `Packing`, at temperature 1."""
         for batch in Packing.batches(self, samples, None):
             yield replace(batch, targets=dense_targets(self.teacher, batch))
 
@@ -134,7 +139,10 @@ class Bench:
         self._prepared: dict[str, tuple[str, str]] = {}
 
     def prepare(self, arm: Arm) -> tuple[str, str]:
-        """Snapshots of the training texts with the arm's targets, and of the held-out texts, scored in full."""
+        """Snapshots of the training texts with the arm's targets, and of the held-out texts.
+
+        The held-out texts are scored in full.
+        """
         score = _setting("score", arm.stored)
         if score not in self._prepared:
             own = [score, f"run.dir={self.folder / 'runs' / 'score'}"]

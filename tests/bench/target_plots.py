@@ -15,25 +15,30 @@ COLOURS = {
     "systematic": "#2a9d63",
 }
 HEAD = (
-    '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {} {}" font-family="sans-serif" font-size="12">'
+    '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {} {}" '
+    'font-family="sans-serif" font-size="12">'
     '<rect width="100%" height="100%" fill="white"/>'
 )
 
 
 def colour(name: str) -> str:
-    """Of an arm: that of its tail or way of drawing."""
+    """The colour of an arm, which is that of its tail or way of drawing."""
     return COLOURS.get(name.rpartition("-")[2], "#444444")
 
 
 def plot_arms(arms: dict[str, dict[str, Any]]) -> str:
-    """Two panels, a line per arm: share of the gap with its interval over seeds, and calibration error."""
+    """Two panels, with a line per arm.
+
+    They show the share of the gap with its interval over seeds, and the calibration error.
+    """
     names = sorted(arms, key=lambda name: -(arms[name]["share"] or (0.0, None))[0])
     height = TOP + LINE * len(names) + 44
     parts = [HEAD.format(LEFT + 2 * WIDTH, height)]
     for row, name in enumerate(names):
         y = TOP + LINE * row + LINE / 2
         parts.append(
-            f'<text x="{LEFT - 12}" y="{y + 4}" text-anchor="end" fill="{colour(name)}">{name}</text>'
+            f'<text x="{LEFT - 12}" y="{y + 4}" text-anchor="end" '
+            f'fill="{colour(name)}">{name}</text>'
         )
     for number, (measure, title, factor) in enumerate(
         (
@@ -77,7 +82,8 @@ def _dots(names: list[str], values: list[list[float]], *, title: str, left: floa
     for row, (name, value) in enumerate(zip(names, values, strict=True)):
         if value:
             y, fill = TOP + LINE * row + LINE / 2, colour(name)
-            yield f'<path d="M{across(value[1])} {y}H{across(value[2])}" stroke="{fill}" stroke-width="2"/>'
+            line = f"M{across(value[1])} {y}H{across(value[2])}"
+            yield f'<path d="{line}" stroke="{fill}" stroke-width="2"/>'
             yield f'<circle cx="{across(value[0])}" cy="{y}" r="4" fill="{fill}"/>'
 
 
@@ -88,7 +94,10 @@ def _even(low: float, high: float) -> list[float]:
 
 
 def plot_angles(found: dict[str, Any]) -> str:
-    """A panel per point of the training, both axes in logarithms: degrees against tokens of the batch."""
+    """A panel per point of the training, both axes in logarithms.
+
+    It shows degrees against tokens of the batch.
+    """
     height, left = 400, 56
     parts = [HEAD.format(len(found) * WIDTH + 40, height)]
     values = [v for of in found.values() for line in of["angle"].values() for v in line if v > 0]
@@ -106,7 +115,8 @@ def plot_angles(found: dict[str, Any]) -> str:
             return round(x, 1), round(height - 50 - share * (height - 50 - TOP), 1)
 
         parts.append(
-            f'<text x="{start}" y="24" font-weight="bold">{point}: angle, degrees, by tokens of the batch</text>'
+            f'<text x="{start}" y="24" font-weight="bold">{point}: angle, degrees, '
+            "by tokens of the batch</text>"
         )
         for tokens in of["tokens"]:
             x, y = at(tokens, low)
@@ -124,7 +134,8 @@ def plot_angles(found: dict[str, Any]) -> str:
             places = [at(tokens, angle) for tokens, angle in zip(of["tokens"], angles, strict=True)]
             line = " ".join(f"{x},{y}" for x, y in places)
             parts.append(
-                f'<polyline points="{line}" fill="none" stroke="{colour(name)}" stroke-width="1.5"/>'
+                f'<polyline points="{line}" fill="none" stroke="{colour(name)}" '
+                'stroke-width="1.5"/>'
             )
             x, y = places[-1]
             label = name.partition("-")[0].replace("sampled", "N=").replace("top", "K=")

@@ -31,7 +31,10 @@ Found = dict[str, dict[int, dict[str, Any]]]
 
 
 def report(folder: Path) -> tuple[list[str], dict[str, Any]]:
-    """Markdown lines and what a machine reads; writes report.md, arms.svg and angles.svg into `folder`."""
+    """Markdown lines and what a machine reads.
+
+    Writes report.md, arms.svg and angles.svg into `folder`.
+    """
     found = _read(folder / "results")
     arms = _arms(found, folder)
     outcome: dict[str, Any] = {
@@ -70,7 +73,10 @@ def _read(folder: Path) -> Found:
 
 
 def _arms(found: Found, folder: Path) -> dict[str, dict[str, Any]]:
-    """By arm: (mean, half-width or None) of every measure and of the share of the gap; what its targets keep."""
+    """Every measure of each arm, and the share of the gap, as (mean, half-width or None).
+
+    What its targets keep stands beside them.
+    """
     ce, full = found.get("ce", {}), found.get("full", {})
     gaps = {seed: ce[seed][LOSS] - full[seed][LOSS] for seed in ce if seed in full}
     arms = {}
@@ -114,7 +120,10 @@ def _teacher(found: Found) -> list[str]:
 
 
 def _table(arms: dict[str, dict[str, Any]]) -> list[str]:
-    head = "| arm | seeds | cross-entropy, nats | share of the gap, % | KL to teacher, nats | ECE, % | acceptance, % |"
+    head = (
+        "| arm | seeds | cross-entropy, nats | share of the gap, % | KL to teacher, nats "
+        "| ECE, % | acceptance, % |"
+    )
     lines = [
         f"{head} kept mass | ids/token |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
@@ -167,8 +176,8 @@ def _estimators(found: dict[str, Any]) -> list[str]:
     lines += [
         "",
         (
-            "Variance of the target at equal distinct ids: multinomial's, and the others as a share "
-            "of it:"
+            "Variance of the target at equal distinct ids: multinomial's, and the others as a "
+            "share of it:"
         ),
         "",
     ]
@@ -255,7 +264,10 @@ def verdicts(
 
 
 def _verdicts_on_angles(point: str, of: dict[str, Any]) -> list[dict[str, Any]]:
-    """Judged on the two largest batches: in small ones the full gradient is itself mostly noise, and falls too."""
+    """The angles are judged on the two largest batches.
+
+    In small ones the full gradient is itself mostly noise, and falls too.
+    """
     made = []
     for name, values in of["angle"].items():
         power, overall = _power(of["tokens"][-2:], values[-2:]), _power(of["tokens"], values)

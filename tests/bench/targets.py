@@ -1,13 +1,15 @@
-"""What stored targets are worth to a student: one teacher, one store, arms side by side at equal student tokens.
+"""What stored targets are worth to a student.
+
+There is one teacher and one store, with arms side by side at equal student tokens.
 
     python tests/bench/targets.py DIR [--scale cpu|h200] [--tiny] [--arms a,b] [--seeds 0,1,2]
-    [--report]
+                                      [--report]
 
-Makes its own corpus of the Python sources of installed packages (held out by package), trains a
-teacher on most of it, scores a small part with every kind of target, and trains the same student on
-that part again and again: on the text alone, with the live teacher in the loop, and from the store.
-Everything that is done stays in DIR: a second call goes on, arm by arm. `--arms` takes names of
-arms, `angles` and `estimators`; `--report` trains nothing. In DIR: report.md, report.json,
+The bench makes its own corpus of the Python sources of installed packages (held out by package),
+trains a teacher on most of it, scores a small part with every kind of target, and trains the same
+student on that part again and again: on the text alone, with the live teacher in the loop, and from
+the store. Everything that is done stays in DIR: a second call goes on, arm by arm. `--arms` takes
+names of arms, `angles` and `estimators`; `--report` trains nothing. In DIR: report.md, report.json,
 arms.svg, angles.svg. The last line is JSON.
 """
 

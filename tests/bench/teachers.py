@@ -1,19 +1,23 @@
-"""What is left of two specialists in a student of both? TinyStories and Python, each with a teacher of its own.
+"""What is left of two specialists in a student of both?
+
+TinyStories and Python, each with a teacher of its own.
 
     python tests/bench/teachers.py DIR [--jobs 1] [--tiny]        # a table, then one JSON line
 
-The teacher of stories is stories260k; that of code is the same model, trained further on the sources of
-installed packages. Students are fresh. Each is judged by its cross-entropy on held-out texts of both
-domains, beside a baseline of the same start, order and tokens that learns from the text alone; its gain
-on a domain is the baseline's cross-entropy there minus its own.
+The teacher of stories is stories260k; that of code is the same model, trained further on the
+sources of installed packages. Students are fresh. Each is judged by its cross-entropy on held-out
+texts of both domains, beside a baseline of the same start, order and tokens that learns from the
+text alone; its gain on a domain is the baseline's cross-entropy there minus its own.
 
     stories, code     of one teacher, on the texts of its domain
     unrouted          of both teachers, each asked for every text
-    routed            of both, each asked for its own domain; as many tokens of each as a specialist has
+    routed            of both, each asked for its own domain; as many tokens of each as a specialist
+                      has
 
-The last two see the same texts in the same order, so one baseline serves both. The table says what share
-of each specialist's gain they keep, seed by seed, with half of a 95 % interval over the seeds. Everything
-that is done stays in DIR, student by student: a second call goes on. DIR/report.json has the last line.
+The last two see the same texts in the same order, so one baseline serves both. The table says what
+share of each specialist's gain they keep, seed by seed, with half of a 95 % interval over the
+seeds. Everything that is done stays in DIR, student by student: a second call goes on.
+DIR/report.json has the last line.
 """
 
 import json
@@ -146,7 +150,7 @@ def encoded(documents: list[str]) -> list[list[int]]:
 
 
 def write_recipe(folder: Path, scale: Scale, student: str, seed: int) -> Path:
-    """Of one student."""
+    """The recipe of one student."""
     asked = [student] if student in DOMAINS else [*DOMAINS]
     route = {} if student == "unrouted" else WHERE
     teachers = [
@@ -202,7 +206,10 @@ def judge(folder: Path, scale: Scale, student: str, seed: int) -> None:
 
 @torch.no_grad()
 def cross_entropy(run: Path, documents: list[str]) -> float:
-    """Nats a token of a run's student, over windows of some documents, each from its own beginning."""
+    """Nats a token of a run's student, over windows of some documents.
+
+    Each document is read from its own beginning.
+    """
     model: Any = AutoModelForCausalLM.from_pretrained(run / "student").eval()
     total, tokens = 0.0, 0
     for ids in encoded(documents):
@@ -280,7 +287,7 @@ def main() -> None:
 
 
 def _write(file: Path, content: Mapping[str, Any]) -> None:
-    """At once, so that a call that goes on sees all of it or nothing."""
+    """Write a file at once, so that a call that goes on sees all of it or nothing."""
     part = file.with_suffix(".part")
     part.write_text(json.dumps(content))
     part.replace(file)

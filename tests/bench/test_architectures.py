@@ -1,4 +1,7 @@
-"""The bench of architectures: none of a choice is wrong, and each of its columns can say that one is."""
+"""The bench of architectures.
+
+None of a choice is wrong, and each of its columns can say that one is.
+"""
 
 import importlib
 import sys
@@ -68,7 +71,10 @@ PLANTED = {
 
 @pytest.mark.parametrize("plant", PLANTED)
 def test_a_planted_model_fails(plant: str, bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the product does about it is taken away, so that it is scored and trained without a word."""
+    """What the product does about it is taken away.
+
+    So the model is scored and trained without a word.
+    """
     case, away, shows = PLANTED[plant]
     for name, stand_in in away.items():
         monkeypatch.setattr(f"stillroom.stages.{name}", stand_in)

@@ -1,4 +1,7 @@
-"""The matrix of faults: every command has its column, a wrong cell is said to be wrong, one cell runs."""
+"""The matrix of faults.
+
+Every command has its column, a wrong cell is said to be wrong, and one cell runs.
+"""
 
 import importlib
 import json

@@ -1,4 +1,7 @@
-"""A few hundredths of what `fuzz.py` does, the same examples every time; and what it found, as tests of their own."""
+"""A few hundredths of what `fuzz.py` does, with the same examples every time.
+
+What it found has tests of its own.
+"""
 
 import json
 import sys

@@ -1,4 +1,6 @@
-"""Tiny configs of the causal architectures of the installed transformers, and models with random weights of them.
+"""Tiny configs of the causal architectures of the installed transformers.
+
+There are models with random weights of them.
 
 A config of a type is its class's defaults, made small wherever it has a field of `SMALL`; what must
 fit together besides is in `BESIDES`. `CASES` adds what a type has in several ways: kinds of
@@ -133,11 +135,12 @@ SMALL: dict[str, Any] = {
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "sep_token_id": 2}
 
 NO_TEXT_MODEL = (
-    "blt cohere_compass_text cpmant emu3 fuyu gemma3 gemma3n gemma4 gemma4_assistant gemma4_unified "
-    "gemma4_unified_assistant git got_ocr2 gpt-sw3 llama4 mllama moshi musicgen musicgen_melody "
-    "phi4_multimodal qwen3_5 qwen3_5_moe qwen4_exp trocr whisper"
+    "blt cohere_compass_text cpmant emu3 fuyu gemma3 gemma3n gemma4 gemma4_assistant "
+    "gemma4_unified gemma4_unified_assistant git got_ocr2 gpt-sw3 llama4 mllama moshi musicgen "
+    "musicgen_melody phi4_multimodal qwen3_5 qwen3_5_moe qwen4_exp trocr whisper"
 ).split()
-"""Types that read images, sounds or bytes too, with configs inside of configs, and a second name of GPT-2."""
+"""Types that read images, sounds or bytes too, with configs inside of configs, and a second name of
+GPT-2."""
 
 _NARROW = {"head_dim": 4, "num_key_value_heads": 4}  # head_dim is that of the part that is turned
 _LINEAR = {"layer_types": ["linear_attention", "full_attention"]}
@@ -270,7 +273,10 @@ def config_of(case: str) -> PreTrainedConfig:
 
 
 def save(config: PreTrainedConfig, folder: Path) -> None:
-    """A model with random weights, wide enough that attention, caps and frequencies show in its logits."""
+    """Save a model with random weights.
+
+    They are wide enough that attention, caps and frequencies show in its logits.
+    """
     torch.manual_seed(0)
     model: Any = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():

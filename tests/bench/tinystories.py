@@ -1,7 +1,10 @@
 """Does the teacher's distribution teach more than its text? TinyStories, one store, many students.
 
-    python tests/bench/tinystories.py prompts stories.jsonl        # the first words of stories, for the recipe
-    python tests/bench/tinystories.py compare DIR [--tiny]         # the comparison; a table, then one JSON line
+    python tests/bench/tinystories.py prompts stories.jsonl
+    python tests/bench/tinystories.py compare DIR [--tiny]
+
+The first writes the first words of stories, for the recipe. The second is the comparison: a table,
+then one line of JSON.
 
 Teacher: stories260k; text at temperature 1 by vLLM where it is installed; K = 16. Student: fresh,
 about 100k weights. Each arm (soft targets and a little cross-entropy; cross-entropy alone) gets the

@@ -1,16 +1,19 @@
-"""Token classification: what Python's own `tokenize` says of each piece of its source, a teacher and small students.
+"""Token classification: what Python's own `tokenize` says of each piece of its source.
+
+There are a teacher and small students.
 
     python tests/bench/token_types.py DIR [--seeds 0,1,2] [--tiny]
 
-Words are pieces of the source files of installed packages: runs of letters and digits, and each other
-sign. The tag of one is the type of the token that it stands in, B- where that begins and I- where it goes
-on: so what stands in a string or a comment is told by what stands around it. Rows are of lines that
-follow one another; packages, not rows, are split into what the teacher learns, what students learn (some
-of it), what chooses learning rates, and what judges, which is read once.
+Words are pieces of the source files of installed packages: runs of letters and digits, and each
+other sign. The tag of one is the type of the token that it stands in, B- where that begins and I-
+where it goes on: so what stands in a string or a comment is told by what stands around it. Rows are
+of lines that follow one another; packages, not rows, are split into what the teacher learns, what
+students learn (some of it), what chooses learning rates, and what judges, which is read once.
 
-A BERT is trained on the tags of all training packages, on the spot. Students learn from a part of these
-rows: from their tags alone, and from the teacher's distributions as well. Each has the learning rate
-whose cross-entropy on validation packages is best at the first seed. The last line is JSON.
+A BERT is trained on the tags of all training packages, on the spot. Students learn from a part of
+these rows: from their tags alone, and from the teacher's distributions as well. Each has the
+learning rate whose cross-entropy on validation packages is best at the first seed. The last line is
+JSON.
 """
 
 import io
@@ -265,7 +268,10 @@ class Bench:
         return found
 
     def compare(self, seeds: tuple[int, ...]) -> dict[str, Any]:
-        """Each arm at its best rate on validation rows; the test rows are read after that is chosen."""
+        """Each arm at its best rate on validation rows.
+
+        The test rows are read after that is chosen.
+        """
         tried = {rate: self.run(rate, seeds[0], judged="validation") for rate in self.scale.rates}
         found: dict[str, Any] = {"rates": {}, "results": {}}
         for words, arm in ARMS.items():

@@ -1,4 +1,6 @@
-"""How fast the Triton kernels move the bytes that they must, beside a copy and the three products of the head.
+"""How fast the Triton kernels move the bytes that they must.
+
+Beside them are a copy and the three products of the head.
 
     python tests/bench/traffic.py [--tiny] [--out DIR]
 
@@ -9,7 +11,7 @@ device, after fresh logits were copied to where it works, which are far more tha
 medians of 20 rounds in turns. Without a GPU only --tiny runs, in Triton's interpreter, so that this
 file cannot rot.
 
-Prints a table, then one line of JSON.
+It prints a table, then one line of JSON.
 """
 
 import argparse
@@ -40,7 +42,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sizes:
-    """Of a chunk."""
+    """The sizes of a chunk."""
 
     tokens: int = 4096
     vocabulary: int = 151_936
@@ -73,7 +75,8 @@ def main() -> None:
     )
     outcome = measured(sizes)
     print(
-        f"{'':<26}{'bytes/token':>12}{'us/token':>10}{'TB/s':>7}{'of a copy':>11}{'of the products':>17}"
+        f"{'':<26}{'bytes/token':>12}{'us/token':>10}{'TB/s':>7}"
+        f"{'of a copy':>11}{'of the products':>17}"
     )
     for name, row in outcome["kernels"].items():
         figures = (
@@ -172,7 +175,7 @@ def products(raw: Tensor, sizes: Sizes) -> Callable[[], None]:
 
 
 def seconds(arm: Arm, raw: Tensor, fresh: Tensor) -> float:
-    """Of one go, on fresh logits."""
+    """The seconds of one go, on fresh logits."""
     raw.copy_(fresh)
     if DEVICE == "cpu":
         began = time.perf_counter()

@@ -1,4 +1,6 @@
-"""What soft targets cost a training step: KL + cross-entropy from a store against cross-entropy from the same store.
+"""What soft targets cost a training step.
+
+KL + cross-entropy from a store is compared with cross-entropy from the same store.
 
     python tests/bench/train_step.py [--tiny] [--out DIR] [--turns N] [--compile]
 
@@ -11,9 +13,11 @@ as short stories, written to a store as a teacher's.
     CE              the product with soft targets switched off, which it then does not read
     padded rows     as KL + CE, samples packed into rows instead of one flat row
     checkpointing   as KL + CE, activations of the body made again on the way back
-    plain CE        logits of the whole pass, torch's cross_entropy; the product's passes and optimizer
+    plain CE        logits of the whole pass, torch's cross_entropy; the product's passes and
+                    optimizer
     liger CE        Liger's fused linear cross-entropy, likewise (GPU)
-    compiled        as KL + CE, the body through torch.compile (--compile; its first steps are not counted, but shown)
+    compiled        as KL + CE, the body through torch.compile (--compile; its first steps are not
+                    counted, but shown)
 
 "by CPU": the same ratio by CPU seconds of the process, which other work on the machine disturbs
 less; of a GPU it says nothing. Tokens are those of the samples: padding counts as nothing. MFU and
@@ -309,7 +313,10 @@ def student(scale: Scale, device: torch.device) -> Any:
 
 
 def write_store(root: Path, *, rows: int, vocab_size: int, k: int, seed: int = 0) -> Samples:
-    """Samples as long as short stories (median 180 tokens), prompts of a tenth; random targets of K entries."""
+    """Samples as long as short stories (median 180 tokens), prompts of a tenth.
+
+    Random targets of K entries.
+    """
     rng = np.random.default_rng(seed)
     about = {
         "teacher_id": "t" * 32,
@@ -346,7 +353,10 @@ def write_store(root: Path, *, rows: int, vocab_size: int, k: int, seed: int = 0
 def random_targets(
     rng: np.random.Generator, positions: int, *, vocab_size: int, k: int
 ) -> SoftTargets:
-    """Distinct ids anywhere; log-probabilities that fall like a language model's, some mass outside."""
+    """Distinct ids anywhere.
+
+    Log-probabilities that fall like a language model's, some mass outside.
+    """
     steps_apart = rng.integers(1, vocab_size // k + 1, (positions, k)).cumsum(axis=1) - 1
     ids = rng.permuted(steps_apart, axis=1).astype(np.int32)
     heights = -np.sort(rng.gamma(0.7, 3.0, (positions, k)), axis=1) * rng.gamma(
@@ -418,12 +428,14 @@ def show(outcome: dict[str, Any]) -> None:
     )
     print(f"MFU against: {first['peak']}")
     print(
-        f"{'arm':<15}{'tokens/s':>10}{'of CE':>8}{'by CPU':>8}{'MFU':>8}{'padding':>9}{'waited':>8}{'first step s':>14}"
+        f"{'arm':<15}{'tokens/s':>10}{'of CE':>8}{'by CPU':>8}"
+        f"{'MFU':>8}{'padding':>9}{'waited':>8}{'first step s':>14}"
     )
     for name, row in arms.items():
         shares = f"{row['mfu']:>8.1%}{row['padding_share']:>9.1%}{row['waited_share']:>8.1%}"
         print(
-            f"{name:<15}{row['tokens_per_second']:>10}{row['over_ce']:>8.3f}{row['cpu_over_ce']:>8.3f}{shares}{row['first_step_seconds']:>14.2f}"
+            f"{name:<15}{row['tokens_per_second']:>10}{row['over_ce']:>8.3f}"
+            f"{row['cpu_over_ce']:>8.3f}{shares}{row['first_step_seconds']:>14.2f}"
         )
     bar = "" if outcome["tiny"] else f" (bar on an H200: {BAR})"
     print(f"KL + CE over CE: {outcome['kl_over_ce']:.3f}{bar}")

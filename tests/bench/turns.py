@@ -1,4 +1,6 @@
-"""Does it pay to score every turn of a conversation? Students of all turns against students of the last one.
+"""Does it pay to score every turn of a conversation?
+
+Students of all turns against students of the last one.
 
     python tests/bench/turns.py DIR [--tiny]        # a table, then one JSON line
 
@@ -30,8 +32,8 @@ from stillroom.storage.store.store import Store
 from stillroom.storage.tables.spans import positions, spans_of
 
 TURNS = ("all", "last")
-TEMPLATE = """{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}A: {% generation %}\
-{{ m.content }}{{ eos_token }}{% endgeneration %}{% else %}B: {{ m.content }}
+TEMPLATE = """{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}A: \
+{% generation %}{{ m.content }}{{ eos_token }}{% endgeneration %}{% else %}B: {{ m.content }}
 {% endif %}{% endfor %}{% if add_generation_prompt %}A: {% endif %}"""
 
 
@@ -94,7 +96,10 @@ def recipe(folder: Path, turns: str, *, holdout: int) -> Path:
 
 
 def judge(store: Path, snapshot: str, student: Path) -> list[float]:
-    """Cross-entropy in nats a token of all turns of the held-out conversations: of one half, and of the other."""
+    """Cross-entropy in nats a token of all turns of the held-out conversations.
+
+    It is given of one half, and of the other.
+    """
     model = AutoModelForCausalLM.from_pretrained(student).eval()
     opened = Store.open(store)
     chosen = load_snapshot(opened, snapshot)
@@ -112,7 +117,10 @@ def judge(store: Path, snapshot: str, student: Path) -> list[float]:
 
 
 def compare(folder: Path, *, tiny: bool) -> dict[str, Any]:
-    """Every arm at the learning rate that one half of the held-out conversations chose, judged on the other."""
+    """Every arm at the learning rate that one half of the held-out conversations chose.
+
+    It is judged on the other half.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     teacher_with_turns(folder / "teacher")
     write_conversations(folder / "conversations.jsonl", count=40 if tiny else 1200)

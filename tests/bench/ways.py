@@ -1,11 +1,15 @@
-"""Ways to distil, each at its own best learning rate: what does a student gain from what is stored of its teacher?
+"""Ways to distil, each at its own best learning rate.
+
+What does a student gain from what is stored of its teacher?
 
     python tests/bench/ways.py DIR [--only teacher|classify|causal] [--arms hidden,values]
-    [--seeds 0,1,2,3,4] [--jobs 1] [--report] [--tiny]
+                                   [--seeds 0,1,2,3,4] [--jobs 1] [--report] [--tiny]
 
 teacher    a small BERT trained on banking77's labels, on the spot, in DIR/teacher
-classify   its students: labels, logits, logits and one thing more, relations between texts, copied layers
-causal     students of stories260k on TinyStories' own text: cross-entropy, logits, and one thing more
+classify   its students: labels, logits, logits and one thing more, relations between texts, copied
+           layers
+causal     students of stories260k on TinyStories' own text: cross-entropy, logits, and one thing
+           more
 
 Every student goes through the product's recipe, stages, store and trainer; one store holds what all
 of them learn from. An arm's learning rate is the one that is best on validation rows at the first
@@ -47,7 +51,10 @@ class Trial:
 
 
 def study(trial: Trial, name: str) -> None:
-    """All students of a task: each rate at the first seed, then the best one at every seed, and its test rows."""
+    """Train all students of a task.
+
+    It is each rate at the first seed, then the best one at every seed, and its test rows.
+    """
     students = Students(trial.folder, tasks(trial.folder, trial.scale)[name])
     arms = [arm for arm in students.task.arms if trial.arms is None or arm in trial.arms]
     if not arms:

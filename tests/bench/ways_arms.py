@@ -1,7 +1,9 @@
-"""The ways to distil that are compared: what each arm learns from, and what of its teacher it has stored.
+"""The ways to distil that are compared.
 
-All arms of a task have one base (`Task.recipe`), one store, and the same teacher, rows and order. An
-arm changes the loss, and where it begins with the teacher's layers the student's shape too.
+It says what each arm learns from, and what of its teacher it has stored.
+
+All arms of a task have one base (`Task.recipe`), one store, and the same teacher, rows and order.
+An arm changes the loss, and where it begins with the teacher's layers the student's shape too.
 """
 
 from collections.abc import Mapping
@@ -32,7 +34,7 @@ class Arm:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Of the recipe."""
+        """The settings of the recipe."""
         loss = dict(self.loss) | ({"features": [dict(self.match)]} if self.match else {})
         return {"loss": loss} | ({"student": dict(self.student)} if self.student else {})
 
@@ -60,7 +62,7 @@ def _stored(what: str, last: int, **more: Any) -> dict[str, Any]:
 
 
 def classify_arms(last: int, *, narrow: Mapping[str, Any]) -> dict[str, Arm]:
-    """Of a classifier.
+    """The arms of a classifier.
 
     Args:
         last: The teacher's last block; every feature is of it.
@@ -131,7 +133,7 @@ def classify_arms(last: int, *, narrow: Mapping[str, Any]) -> dict[str, Arm]:
 
 
 def causal_arms(last: int) -> dict[str, Arm]:
-    """Of a language model; `last` as above."""
+    """The arms of a language model, with `last` as above."""
     return {
         "text": Arm(says="the text alone: cross-entropy", loss=LABELS, against="logits"),
         "logits": Arm(

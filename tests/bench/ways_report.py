@@ -1,4 +1,6 @@
-"""From trained students to tables: each arm at its own best rate, paired by seed with the arm it is compared with.
+"""From trained students to tables.
+
+Each arm is at its own best rate, paired by seed with the arm it is compared with.
 
 `±` is half a 95 % interval over seeds (Student's t).
 """
@@ -19,7 +21,10 @@ Found = dict[str, Any]
 
 
 def best_rate(found: Sequence[Found], task: Task, arm: str) -> float | None:
-    """The rate of an arm that is best on validation rows, of students of one seed; None where all broke off."""
+    """The rate of an arm that is best on validation rows, of students of one seed.
+
+    None where all broke off.
+    """
     first = next(iter(task.measures))
     worth = {
         one["rate"]: task.better * one["numbers"][first]
@@ -48,7 +53,10 @@ def report(folder: Path, students: Mapping[str, "Students"]) -> tuple[list[str],
 
 
 def _arms(students: "Students") -> list[Found]:
-    """An arm a row: its measures by seed, and what is gained over the arms that it is compared with."""
+    """One row for each arm.
+
+    It has its measures by seed, and what is gained over the arms that it is compared with.
+    """
     task, tried, read = students.task, students.read("validation"), students.read("test")
     found: dict[str, dict[int, Found]] = {}
     rates = {}

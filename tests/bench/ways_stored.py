@@ -1,4 +1,7 @@
-"""What targets and features take of a text and of a token, by the rows and the files that a store has of them."""
+"""What targets and features take of a text and of a token.
+
+It is measured from the rows and the files that a store has of them.
+"""
 
 from collections import Counter
 from typing import Any
@@ -15,7 +18,9 @@ EMBEDDING_BITS = 16
 
 
 def stored_bytes(store: Store, snapshot: str) -> dict[str, Any]:
-    """Rows and tokens to train on, the bytes of a row's targets, and those of each feature's vectors.
+    """Rows and tokens to train on, and the bytes of a row's targets.
+
+    Beside them are the bytes of each feature's vectors.
 
     A feature's numbers and scales are as the rows have them. What the files take besides (keys,
     sizes, checksums, footers) is shared by their rows.
@@ -34,7 +39,7 @@ def stored_bytes(store: Store, snapshot: str) -> dict[str, Any]:
 
 
 def _shards(store: Store, teacher: str) -> list[tuple[ShardFile, int]]:
-    """Of one teacher's features, each with the bytes of its file."""
+    """The shards of one teacher's features, each with the bytes of its file."""
     commits = store.commits("features")
     found = [(store.shard("features", c.shard.sha256), c.shard.bytes) for c in commits]
     return [(shard, size) for shard, size in found if shard.about["teacher_id"] == teacher]

@@ -1,4 +1,6 @@
-"""The students of a task: each trained by its recipe and judged on validation rows, and if it is chosen on test rows.
+"""The students of a task.
+
+Each is trained by its recipe and judged on validation rows, and if it is chosen on test rows.
 
 A file per student and split in `DIR/students`; what is there is not done again.
 """
@@ -37,7 +39,7 @@ class Choice:
 
     @property
     def name(self) -> str:
-        """Of its files."""
+        """The name of its files."""
         return f"{self.arm.replace(' ', '-')}-{self.rate:g}-{self.seed}"
 
 
@@ -109,7 +111,9 @@ class Students:
     def _judged(
         self, split: str, settings: Sequence[str], *, trained: dict[str, Any]
     ) -> dict[str, Any]:
-        """The records of a student and its `numbers`; why it `failed`, where its training broke off.
+        """The records of a student and its `numbers`.
+
+        Why it `failed`, where its training broke off.
 
         Args:
             split: What judges.
@@ -175,7 +179,7 @@ def _setting(name: str, value: Any) -> str:
 
 
 def _write(file: Path, content: Mapping[str, Any]) -> None:
-    """At once, so that a reader sees all of it."""
+    """Write a file at once, so that a reader sees all of it."""
     part = file.with_name(f"{file.name}.{os.getpid()}")
     part.write_text(json.dumps(content))
     part.replace(file)

@@ -1,4 +1,7 @@
-"""The two tasks of the comparison: rows, teachers, the shape of their students, and how long these train."""
+"""The two tasks of the comparison.
+
+They have rows, teachers, the shape of their students, and how long these train.
+"""
 
 import json
 import re
@@ -154,7 +157,10 @@ def make_teacher(folder: Path, scale: Scale) -> None:
 
 
 def _texts(scale: Scale) -> dict[str, Sentences]:
-    """banking77's own splits; a text is in one of them alone, the last that has it in any case and spacing."""
+    """banking77's own splits.
+
+    A text is in one of them alone, the last that has it in any case and spacing.
+    """
     parts = {split: read_texts("banking77", split, scale.texts[split]) for split in SPLITS}
     later: set[str] = set()
     for split in reversed(SPLITS):

@@ -1,7 +1,7 @@
 """How much faster are two workers than one?
 
-The real command line in processes of its own (`support/loaded.py`) on one store, a tiny teacher, one
-thread each.
+The real command line in processes of its own (`support/loaded.py`) on one store, a tiny teacher,
+one thread each.
 
     python tests/bench/workers.py [--tiny] [--rows N] [--rounds N] [--engine hf]
 
@@ -67,7 +67,10 @@ def commits(store: Path) -> list[tuple[float, str, int]]:
 
 
 def rate(store: Path) -> tuple[float, dict[str, int]]:
-    """Rows per second once every writer has committed (where none did after that: over all); rows of each writer."""
+    """Rows per second once every writer has committed, and the rows of each writer.
+
+    Where no row came after that, it is over all.
+    """
     done = sorted(commits(store))
     shares: dict[str, int] = {}
     for _, writer, rows in done:
@@ -122,7 +125,7 @@ def storage(folder: Path) -> dict[str, object]:
 
 
 def median(rounds: list[dict[str, object]], way: str, what: str = "rows_per_second") -> float:
-    """Of a way, over the rounds."""
+    """The median of a way, over the rounds."""
     return statistics.median(r[way][what] for r in rounds)
 
 

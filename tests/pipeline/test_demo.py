@@ -1,4 +1,7 @@
-"""The demo's ingredients: enough English, a tokenizer that loses nothing, a teacher that learned and loads."""
+"""The demo's ingredients.
+
+There is enough English, a tokenizer that loses nothing, and a teacher that learned and loads.
+"""
 
 import json
 from collections.abc import Iterator

@@ -43,7 +43,10 @@ def test_all_is_done(name: str) -> None:
 
 @pytest.mark.parametrize("name", STALE)
 def test_answers_that_were_tokenized_alone_are_named(name: str) -> None:
-    """`mat` and `and` of a prompt and its completion are one word; the template writes no end token."""
+    """`mat` and `and` of a prompt and its completion are one word.
+
+    The template writes no end token.
+    """
     line = last_json(stillroom("plan", recipe(name), "--json"))["stages"]["data"]
     assert (line["state"], line["why"]) == ("to do", "answer was tokenized alone: 4 of 4")
 
@@ -132,7 +135,7 @@ NAMES = {
     ("name", "last"), [("prompt", "generate"), ("text", "score"), ("labelled", "data")]
 )
 def test_rows_made_again_have_the_same_names(name: str, last: str) -> None:
-    """In an empty store; so what is asked for is found in an old one, and found as what it is."""
+    """The store is empty, so what is asked for is found in an old one, and found as what it is."""
     Path("store").rename("before")
     stillroom("run", recipe(name), "--until", last)
     for folder, names in names_in(Path("store")).items():

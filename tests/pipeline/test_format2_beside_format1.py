@@ -1,4 +1,7 @@
-"""Rows of format 2 beside those that an earlier version wrote (`tests/fixtures/format1`): one store, one snapshot."""
+"""Rows of format 2 beside those that an earlier version wrote.
+
+Those are in `tests/fixtures/format1`. There is one store and one snapshot.
+"""
 
 import json
 from pathlib import Path
@@ -44,7 +47,7 @@ def with_more_prompts() -> None:
 
 
 def versions(store: Any, snapshot: Snapshot) -> list[int]:
-    """Of the shards that a snapshot names."""
+    """The format versions of the shards that a snapshot names."""
     shards = (store.shard(snapshot.table, shard.sha256) for shard in snapshot.shards)
     return sorted({shard.about["format_version"] for shard in shards})
 
@@ -103,7 +106,10 @@ def test_what_was_published_before_is_a_source_of_a_store_of_today() -> None:
 
 
 def test_rows_of_several_spans_beside_rows_of_one() -> None:
-    """Each other position of an old row is scored in the new one, so that no span touches another."""
+    """Each other position of an old row is scored in the new one.
+
+    So no span touches another.
+    """
     store = Store.open("store", create=True)
     old = store.commits("soft_targets")[0]
     rows = list(store.rows("soft_targets", {old.shard.sha256: range(OLD)}))

@@ -1,4 +1,7 @@
-"""Text of others wherever it comes out: terminal, log, Markdown. Nothing in it acts or forges a line."""
+"""Text of others wherever it comes out: terminal, log, Markdown.
+
+Nothing in it acts or forges a line.
+"""
 
 import ast
 import io
@@ -24,9 +27,10 @@ from stillroom.storage.store.store import Store
 
 ROOT = Path(str(pipeline.__file__)).parent
 PIECES = st.sampled_from(
-    "<img src=x>|<!--|</b>|![|[a]|](|)|(http://e.org)|[a]: http://e.org|<http://e.org>|`|``|**|*|_".split(
-        "|"
-    )
+    (
+        "<img src=x>|<!--|</b>|![|[a]|](|)|(http://e.org)|[a]: http://e.org|<http://e.org>|"
+        "`|``|**|*|_"
+    ).split("|")
     + "\\|#|> |- |1. |---|```|&lt;|~~|\x1b|\r|\u202e|\u2028|\ud800|a| |    |\n|\n\n".split("|")
     + ["|"]
 )
@@ -110,7 +114,10 @@ def test_a_log_can_be_read_in_a_terminal(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
-    """A store whose files, columns' values, sources, settings and classes were named by a stranger."""
+    """A store with names that a stranger gave.
+
+    They are those of files, columns' values, sources, settings and classes.
+    """
     made = make_store(tmp_path_factory.mktemp("shown") / "store")
     table = made.index("prompts", ["key", "prompt_key"])
     more = {

@@ -1,4 +1,7 @@
-"""Fixtures of the storage tests: the module `samples`, a store, a store with rows, and an S3 server."""
+"""Fixtures of the storage tests.
+
+They are the module `samples`, a store, a store with rows, and an S3 server.
+"""
 
 import shutil
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What is neither shown nor recorded: credentials of addresses, and values that stand behind a name."""
+"""What is neither shown nor recorded: credentials of addresses, and values behind a name."""
 
 import io
 

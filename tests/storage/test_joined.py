@@ -1,4 +1,7 @@
-"""Read-only sources: a published folder is the store it came from, as far as it goes; several stores read as one."""
+"""Read-only sources: a published folder is the store it came from, as far as it goes.
+
+Several stores are read as one.
+"""
 
 import json
 import shutil
@@ -37,7 +40,10 @@ def published(store, folder, **choice):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A store whose shards have several row groups, some rows left out, and what was published of it."""
+    """A store whose shards have several row groups, and what was published of it.
+
+    Some rows are left out.
+    """
     folder = tmp_path_factory.mktemp("sources")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("stillroom.storage.tables.shard.ROW_GROUP_BYTES", 1200)

@@ -1,4 +1,7 @@
-"""The pages of storage say what is: their columns are the schema's, their record is sealed, their code runs."""
+"""The pages of storage say what is.
+
+Their columns are the schema's, their record is sealed, their code runs.
+"""
 
 import re
 from pathlib import Path

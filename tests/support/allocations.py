@@ -1,4 +1,7 @@
-"""How much memory a function takes, by torch's own record of every block that is allocated and freed on the CPU."""
+"""How much memory a function takes on the CPU.
+
+torch itself records every block that is allocated and freed.
+"""
 
 from collections.abc import Callable
 
@@ -6,7 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def allocated(function: Callable[[], object]) -> tuple[int, int]:
-    """(most, left): bytes at once while it runs, and bytes that are still there while its result is."""
+    """(most, left): bytes at once while it runs, and bytes that stay as long as its result."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         kept = function()
     events = [

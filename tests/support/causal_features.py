@@ -21,12 +21,16 @@ from stillroom.storage.snapshots.snapshot import save_snapshot
 from stillroom.storage.store.store import Store
 
 EXACT = [{"what": "hidden", "layers": [0, 1], "bits": 32}]
-# The teacher's states are large: so the sum is of the size of the other parts, and float32 tells 1e-5.
+# The teacher's states are large, so the sum is of the size of the other parts.
+# float32 tells 1e-5.
 ASKED = [{"match": "hidden", "layers": {1: 0}, "weight": 0.01}]
 
 
 class Causal:
-    """A teacher of three blocks, its texts, scored with two of its layers; students of half its width."""
+    """A teacher of three blocks and its texts, scored with two of its layers.
+
+    There are students of half its width.
+    """
 
     def __init__(
         self,
@@ -95,7 +99,10 @@ def losses_of(job: Job) -> list[float]:
 def assert_baseline_is_as_without(
     causal: Causal, folder: Path, asked: list[dict[str, Any]]
 ) -> None:
-    """The baseline of a student that matches these reads none of them: the same start, order, tokens and losses."""
+    """The baseline of a student that matches these reads none of them.
+
+    It has the same start, order, tokens and losses.
+    """
     found = []
     for name, features in (("with", asked), ("without", [])):
         more = {"loss": {"features": features}, "evaluate": {"baseline": True}}

@@ -1,4 +1,7 @@
-"""Chat templates of the kinds that there are, and a tokenizer that shows which characters are scored."""
+"""Chat templates of the kinds that there are.
+
+A tokenizer shows which characters are scored.
+"""
 
 from typing import Any
 

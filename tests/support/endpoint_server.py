@@ -1,4 +1,6 @@
-"""A scripted OpenAI-compatible endpoint on 127.0.0.1: answers, refuses, breaks off or hangs as it is told, and counts.
+"""A scripted OpenAI-compatible endpoint on 127.0.0.1.
+
+It answers, refuses, breaks off or hangs as it is told, and counts.
 
 An answer is a function of the prompt alone, so what a store holds shows whose answer it is. A
 prompt's faults are used up one a call; then it is answered.
@@ -30,8 +32,8 @@ class Endpoint:
 
     url: str = ""
     faults: dict[str, deque[str]] = field(default_factory=dict)
-    """By prompt: a status with a code (`429 now`, `500`), `half`, `short`, `closed`, `hang`, or an answer that is
-    none: `filter`, `empty`, `tools`, `length`."""
+    """By prompt: a status with a code (`429 now`, `500`), `half`, `short`, `closed`, `hang`, or an
+    answer that is none: `filter`, `empty`, `tools`, `length`."""
     every: Callable[[int], str | None] = lambda number: None
     """The fault of call number n, from 1, of prompts that have none of their own."""
     fingerprint: Callable[[int], str] = lambda number: "fp_one"
@@ -52,7 +54,7 @@ class Endpoint:
     tokens: Callable[[dict[str, Any], str, str], dict[str, Any]] | None = None
     """Of a body, prompt and text: what the choice says of its tokens; `usage` in it replaces that of the response."""
     renamed: bool = False
-    """Whether the limit must be called max_completion_tokens, as OpenAI's reasoning models have it."""
+    """Whether the limit must be called max_completion_tokens, as by OpenAI's reasoning models."""
     lock: threading.Lock = field(default_factory=threading.Lock)
     ended: threading.Event = field(default_factory=threading.Event)
 

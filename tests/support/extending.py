@@ -1,4 +1,6 @@
-"""A copy of the product with an example applied to it: what somebody changes who adds an engine, say.
+"""A copy of the product with an example applied to it.
+
+The example is what somebody changes who adds an engine, say.
 
 An example's folder mirrors the product's. A file is copied to its place. A file `NAME.insert` adds
 lines to NAME, in parts between lines of `====`: a part's first line stands in NAME once, and the
@@ -75,7 +77,10 @@ def stillroom_in(folder: Path, *lines: Sequence[Any]) -> list[str]:
 
 
 def _commands(folder: Path, lines: Sequence[Sequence[str]], environment: Mapping[str, str]) -> None:
-    """In a process that has loaded the libraries; the product and the helpers are read anew, those of the copy."""
+    """Run command lines in a process that has loaded the libraries.
+
+    The product and the helpers are read anew, those of the copy.
+    """
     os.environ.clear()
     os.environ |= environment
     for name in [name for name, module in sys.modules.items() if _ours(name, module)]:

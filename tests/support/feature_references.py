@@ -1,4 +1,6 @@
-"""Float64 definitions of the losses of features, straight from the mathematics: loops over scalars, slow and obvious.
+"""Float64 definitions of the losses of features, straight from the mathematics.
+
+They are loops over scalars, slow and obvious.
 
 They share nothing with `stages/losses/features/`: probabilities instead of logarithms, one sample
 and one group at a time, only terms that exist are ever written down. The gradient is autograd's of
@@ -35,7 +37,10 @@ def kl(t: Iterable[Tensor], s: Iterable[Tensor]) -> Tensor:
 
 
 def attention(q: Tensor, k: Tensor, scale: float, sees: Sees) -> list[list[list[Tensor]]]:
-    """Of one sample, [head][i]: what head h of token i gives each token that i sees; head h has key h // (H / h')."""
+    """What head h of token i gives each token that i sees, [head][i], of one sample.
+
+    Head h has key h // (H / h').
+    """
     share, tokens = len(q) // len(k), range(q.shape[1])
     return [
         [

@@ -1,4 +1,6 @@
-"""Commands in processes forked from this one, which has loaded torch: each is there in milliseconds, its stages too.
+"""Commands in processes forked from this one, which has loaded torch.
+
+Each is there in milliseconds, and so are its stages.
 
 What runs is the command line's own `main`, and the stage's own, in the processes, sessions and
 groups that they would have had. Only their start differs: no interpreter is started. A runner that
@@ -27,7 +29,8 @@ from stillroom.pipeline.cli.main import main
 from stillroom.pipeline.run import process, worker
 
 SPARES = 8
-"""Processes that a runner may start: one for each stage, and one more for each that starts again after a death."""
+"""Processes that a runner may start: one for each stage, and one more for each that starts again
+after a death."""
 STAGE = "stage"
 """What the system calls a process that has become a stage's."""
 
@@ -94,7 +97,10 @@ def start(
     before: Callable[[], None],
     terminal: bool = False,
 ) -> Command:
-    """A command as a shell would start it; `before` is done in its process, and holds for its stages."""
+    """A command as a shell would start it.
+
+    `before` is done in its process, and holds for its stages.
+    """
     ours, theirs = os.openpty() if terminal else (None, None)
 
     def command() -> None:
@@ -131,7 +137,10 @@ def run(words: Sequence[object], *, before: Callable[[], None] = lambda: None) -
 
 
 class Spares:
-    """In place of `subprocess.Popen`: hands the environment and the line to a process that waits."""
+    """A stand-in for `subprocess.Popen`.
+
+    It hands the environment and the line to a process that waits.
+    """
 
     def __init__(self) -> None:
         self._waiting: list[tuple[int, socket.socket]] = []

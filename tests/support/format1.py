@@ -1,4 +1,6 @@
-"""What is read of `tests/fixtures/format1`: names made from content, by today's code, and what an export holds.
+"""What is read of `tests/fixtures/format1`.
+
+That is names made from content, by today's code, and what an export holds.
 
 Everything that is imported from Stillroom for that fixture is imported here, so that one place
 follows a move.
@@ -84,7 +86,7 @@ def names_in(store: Path) -> dict[str, list[str]]:
 
 
 def contents(exported: Path) -> dict[str, str]:
-    """Table and split -> sha256 of the rows, bit for bit, whatever wrote the Parquet around them."""
+    """Table and split -> sha256 of the rows, bit for bit, whatever wrote the Parquet."""
     found = {}
     for file in sorted(exported.rglob("*.parquet")):
         rows = sorted(pq.read_table(file).to_pylist(), key=lambda row: row["key"])

@@ -1,8 +1,9 @@
-"""In a mount namespace of its own: fills a small disk in the middle of every stage, frees it, and goes on.
+"""In a mount namespace of its own, fill a small disk in the middle of every stage.
 
-`full_disk.py FOLDER TEACHER PROMPTS` mounts a tmpfs at FOLDER, where store and run folder lie. Each stage's log shows
-that the stage has begun; then a ballast takes all that is left, and the stage goes on. All commands
-are processes forked from this one, which loads torch once. Prints one JSON object.
+Then free it, and go on. `full_disk.py FOLDER TEACHER PROMPTS` mounts a tmpfs at FOLDER, where store
+and run folder lie. Each stage's log shows that the stage has begun; then a ballast takes all that
+is left, and the stage goes on. All commands are processes forked from this one, which loads torch
+once. It prints one JSON object.
 """
 
 import json
@@ -70,7 +71,10 @@ def full_in(recipe: Path, stage: str, *, beside: Path) -> dict[str, object]:
 
 
 def finish(recipe: Path, stage: str) -> None:
-    """Do what the stage left undone; in a process of its own, for one that read tables is not forked from."""
+    """Do what the stage left undone, in a process of its own.
+
+    One that read tables is not forked from.
+    """
     pid = fork(lambda: stillroom("run", recipe, "--until", stage))
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     assert code == 0, f"{stage}: exit code {code}"

@@ -1,4 +1,6 @@
-"""A stand-in for the Hub's HTTP interface, as much of it as publishing a dataset uses; in memory, on a port of its own.
+"""A stand-in for the Hub's HTTP interface, as much of it as publishing a dataset uses.
+
+It is in memory, on a port of its own.
 
 What huggingface_hub asks of it is real HTTP; that it answers as the Hub does was checked by nobody
 but this library: repositories, files by path with their sha256, preupload, LFS transfers, commits

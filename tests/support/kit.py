@@ -1,4 +1,7 @@
-"""What the tests of the whole pipeline share: small prompts, a small recipe, the command line here and in a process."""
+"""What the tests of the whole pipeline share.
+
+That is small prompts, a small recipe, and the command line here and in a process.
+"""
 
 import io
 import json
@@ -39,7 +42,9 @@ def prompts(count: int) -> list[dict[str, Any]]:
     words = "cat dog tree mat big small red blue happy under on and then ran sat".split()
     return [
         {
-            "prompt": f"{OPENINGS[i % 6]} {words[i % 15]} {words[(i // 15) % 15]} {words[(i // 7) % 15]}"
+            "prompt": (
+                f"{OPENINGS[i % 6]} {words[i % 15]} {words[(i // 15) % 15]} {words[(i // 7) % 15]}"
+            )
         }
         for i in range(count)
     ]
@@ -52,7 +57,10 @@ def write_jsonl(path: Path, records: list[Any]) -> Path:
 
 
 def recipe_tree(folder: Path, teacher: Path, source: Path, **sections: Any) -> dict[str, Any]:
-    """A small white-box recipe on prompts with the `hf` engine; sections given replace or (None) remove its own."""
+    """A small white-box recipe on prompts with the `hf` engine.
+
+    Sections given replace or (None) remove its own.
+    """
     tree: dict[str, Any] = {
         "run": {"dir": str(folder / "run"), "seed": 0},
         "storage": {"dir": str(folder / "store"), "commit_rows": 8},
@@ -114,7 +122,9 @@ class InThisProcess:
 
 
 def stillroom(*arguments: Any, expect: int | None = 0) -> subprocess.CompletedProcess[str]:
-    """The command line to its end, its stages too, in this process; checks the exit code (None: any).
+    """Run the command line to its end, its stages too, in this process.
+
+    The exit code is checked (None: any).
 
     A process of its own imports torch and transformers for seconds. Where processes, logs or what
     they say meanwhile are the subject, use `running.start`.
@@ -158,7 +168,11 @@ def _checked(
 
 
 def told(*words: Any, code: int = 0) -> dict[str, Any]:
-    """A command that starts no stage, in this process: what it says to programs, and all of it under `above`."""
+    """Run a command that starts no stage, in this process.
+
+    Returns:
+        What it says to programs, and all of it under `above`.
+    """
     result = CliRunner().invoke(app, [*map(str, words), "--json"])
     assert result.exit_code == code, result.output
     found: dict[str, Any] = json.loads(result.stdout.rstrip("\n").split("\n")[-1])

@@ -1,4 +1,6 @@
-"""Training against the live teacher, in plain torch and transformers: what training from a store must equal.
+"""Training against the live teacher, in plain torch and transformers.
+
+Training from a store must equal it.
 
 Nothing of the product's own training is used: no packing, no chunks, no head inside the loss, no
 schedule or optimizer of its own. What defines the run (recipe, order of samples) is given.
@@ -78,7 +80,10 @@ class LiveAttention:
 
 
 class LiveValues:
-    """Relations of a block's values, the teacher's times a matrix: what `v_proj` says, which nothing rotates."""
+    """Relations of a block's values, the teacher's times a matrix.
+
+    They are what `v_proj` says, which nothing rotates.
+    """
 
     every_token = True
 
@@ -95,7 +100,10 @@ class LiveValues:
             layer.register_forward_hook(lambda _, __, values, said=said: said.append(values[0]))
 
     def loss(self, theirs: Any, mine: Any, start: int) -> Tensor:
-        """Summed over all tokens, each with every token; products over the root of the whole width."""
+        """The loss summed over all tokens, each with every token.
+
+        Products are over the root of the whole width.
+        """
         t, s = (said.pop(0) for said in self._said)
         narrow = t @ self.matrix
         right = (narrow @ narrow.T / t.shape[1] ** 0.5).log_softmax(-1)
@@ -150,7 +158,9 @@ def live_training(
     matched: LiveMatch | None = None,
     between: LiveBetween | None = None,
 ) -> LiveRun:
-    """Train a fresh student of the recipe on texts in the order given; the teacher reads each as it comes.
+    """Train a fresh student of the recipe on texts in the order given.
+
+    The teacher reads each as it comes.
 
     Args:
         recipe: With a forward KL over the whole vocabulary, AdamW and a cosine schedule.
@@ -210,10 +220,12 @@ def saved_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def assert_trained_alike(losses: Sequence[float], folder: Path, truth: LiveRun) -> None:
-    """Hold a training against the live one: the loss of every step, and the student that it saved, with no map.
+    """Hold a training against the live one: the loss of every step, and the saved student.
 
-    At `STEADY` a weight moves by 1e-3 in a step and rounding parts the losses by 2e-6. Rows of another
-    token or text move a loss by 1e-2.
+    The student has no map.
+
+    At `STEADY` a weight moves by 1e-3 in a step and rounding parts the losses by 2e-6. Rows of
+    another token or text move a loss by 1e-2.
     """
     off = [abs(a - b) for a, b in zip(losses, truth.losses, strict=True)]
     assert max(off) <= 1e-5, f"at step {off.index(max(off)) + 1} of {len(off)}: {max(off):.3g}"
@@ -249,7 +261,8 @@ def _loss(
         * temperature**2
     )
     hard = cross_entropy(logits, ids[0, start:], reduction="sum")
-    total = recipe.loss.soft_weight * soft + recipe.loss.hard_weight * hard  # type: ignore[operator]
+    of = recipe.loss
+    total = of.soft_weight * soft + of.hard_weight * hard  # type: ignore[operator]
     total = total / shares[0]
     return total if matched is None else total + matched.loss(theirs, mine, start) / shares[1]
 

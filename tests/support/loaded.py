@@ -1,4 +1,6 @@
-"""Commands under way, forked from a server that has loaded torch: what `subprocess.Popen` is, without the start.
+"""Commands under way, forked from a server that has loaded torch.
+
+They are what `subprocess.Popen` is, without the start.
 
 The server is a process of its own, so that no thread of a test is forked along; it starts with the
 first command and ends with the tests. `forked.py` says what a command is there. Where how a process
@@ -98,7 +100,10 @@ def start(
     environment: Mapping[str, str],
     before: Callable[[], None] | None = None,
 ) -> Loaded:
-    """A command line in a session of its own, after `before`; what it prints is kept in the folder."""
+    """A command line in a session of its own, after `before`.
+
+    What it prints is kept in the folder.
+    """
     kept = Path(tempfile.mkdtemp(prefix="said-", dir=folder))
     said = (kept / "out", kept / "err")
     process = process_of(_begin, list(map(str, words)), dict(environment), said, before)

@@ -1,4 +1,7 @@
-"""Stores whose targets belong to other tokens, planted with the project's own writer: each row is valid by itself."""
+"""Stores whose targets belong to other tokens, planted with the project's own writer.
+
+Each row is valid by itself.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -65,7 +68,9 @@ def planted(store: Store, root: Path, fault: Fault, *, consistent: bool = False)
 
 
 def planted_in_spans(store: Store, root: Path, fault: SpanFault) -> Store:
-    """A copy of a store of `topk` whose every row of three spans has the fault; each number fits the token beside it.
+    """A copy of a store of `topk` whose every row of three spans has the fault.
+
+    Each number fits the token beside it.
 
     Args:
         store: Is read.

@@ -1,4 +1,7 @@
-"""A small store to publish: prompts, generations and targets of every kind that a run may leave, and its snapshots."""
+"""A small store to publish, and its snapshots.
+
+It has prompts, generations and targets of every kind that a run may leave.
+"""
 
 import json
 import os
@@ -24,7 +27,10 @@ CLASSES_ABOUT = samples.ABOUT | {"head": "classes", "class_names": ["bad", "fair
 def make_store(
     root: Path | str, *, kind: str = "topk", rows: int = ROWS, commit_rows: int = 8
 ) -> Store:
-    """`rows` prompts, each with a generation and targets; the last few are held out, with whole distributions."""
+    """`rows` prompts, each with a generation and targets.
+
+    The last few are held out, with whole distributions.
+    """
     store = Store.open(root, create=True)
     limits = CommitLimits(rows=commit_rows)
     keep_teacher(store)
@@ -173,7 +179,10 @@ print(json.dumps([datasets.__version__, found]))
 def read_by_datasets(
     folders: Sequence[Path], cache: Path, *, installed_in: str = ""
 ) -> tuple[str, dict[str, list[Any]]]:
-    """The version of `datasets`, and for each folder, config and split how many rows it reads and their hash."""
+    """The version of `datasets`, and what it reads of each folder, config and split.
+
+    That is how many rows, and their hash.
+    """
     words = [installed_in, str(cache), *map(str, folders)]
     done = subprocess.run(
         [sys.executable, "-c", _READ, *words], capture_output=True, text=True, timeout=300

@@ -1,4 +1,7 @@
-"""Texts that an engine reads and transformers reads: the same rows by either, and what a row says in float64."""
+"""Texts that an engine reads and transformers reads: the same rows by either.
+
+It also has what a row says in float64.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -64,7 +67,10 @@ def log_softmax(model: Any, token_ids: Sequence[int]) -> np.ndarray:
 
 
 class ReadByHf:
-    """In place of vLLM: transformers says the same in the form that an engine does, best first, whole texts."""
+    """A stand-in for vLLM: transformers says the same in the form of an engine.
+
+    Texts are whole, entries best first.
+    """
 
     def __init__(self, teacher: Identity) -> None:
         self._model = load_causal_lm(teacher)
@@ -101,7 +107,10 @@ Asking = Callable[[Sequence[Text], int | None, Callable[[], None]], Iterator[Sai
 
 
 def shifted_by_one(read: Asking) -> Asking:
-    """A reader whose positions are off by one: it says of each token what follows behind it, and looks it up there."""
+    """A reader whose positions are off by one.
+
+    It says of each token what follows behind it, and looks it up there.
+    """
 
     def wrong(
         texts: Sequence[Text], entries: int | None, look: Callable[[], None]

@@ -1,6 +1,10 @@
-"""A script for another transformers: the logits of model folders, and the ids of a text, as that version has them.
+"""A script for another transformers, which writes what that version says.
 
-python reads_older.py TEXT FOLDER [FOLDER ...]    # writes logits.pt into each, prints one JSON object
+That is the logits of model folders, and the ids of a text.
+
+    python reads_older.py TEXT FOLDER [FOLDER ...]
+
+It writes logits.pt into each, and prints one JSON object.
 """
 
 import json

@@ -39,7 +39,10 @@ def outcomes(p: Tensor, ids: Sequence[int]) -> list[Tensor]:
 def compared(
     t: Tensor, p: Tensor, ids: Sequence[int], tail: str, label: int
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """What a tail policy compares of a teacher and a student over the whole vocabulary: the bucket is the last."""
+    """What a tail policy compares of a teacher and a student, over the whole vocabulary.
+
+    The bucket is the last.
+    """
     nothing = torch.zeros((), dtype=torch.float64)
     if tail == "to_label" and label not in ids:
         ids = [*ids, label]
@@ -127,7 +130,10 @@ def alpha_beta(t: Outcomes, p: Outcomes, a: float = 0.2, b: float = 0.7) -> Tens
 
 
 def adaptive_kl(t: Outcomes, p: Outcomes, head_mass: float = 0.5) -> Tensor:
-    """Forward KL by the head's share of the gap, reverse KL by the tail's; the shares are numbers, not functions."""
+    """Forward KL by the head's share of the gap, reverse KL by the tail's.
+
+    The shares are numbers, not functions.
+    """
     order = sorted(range(len(t) - 1), key=lambda i: -float(t[i]))
     head = set(order[:1])
     for count in range(2, len(order) + 1):
@@ -169,7 +175,9 @@ def token_losses(
     tail: str,
     temperature: float,
 ) -> tuple[Tensor, Tensor]:
-    """Divergence and cross-entropy of one token: a student's logits [V] and a teacher [V], which is at the temperature.
+    """Divergence and cross-entropy of one token, of a student's logits [V] and a teacher [V].
+
+    The teacher is at the temperature.
 
     `ids` are the entries; all ids where the target is full.
     """

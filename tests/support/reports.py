@@ -1,4 +1,7 @@
-"""Finished runs without a model: an evaluation, a training, what the runner knows, and their report on disk."""
+"""Finished runs without a model, and their report on disk.
+
+A run has an evaluation, a training, and what the runner knows.
+"""
 
 import json
 from copy import deepcopy
@@ -168,7 +171,10 @@ def finished(
 
 
 def with_features(recipe: dict[str, Any], layer: str = "3") -> dict[str, Any]:
-    """The same recipe, which matches hidden states; `layer`: the teacher's, as a record spells it."""
+    """The same recipe, which matches hidden states.
+
+    `layer` is the teacher's, as a record spells it.
+    """
     stored = [{"what": "hidden", "layers": [3], "bits": None}]
     asked = [{"match": "hidden", "layers": {layer: 1}, "weight": 1.0, "distance": "mse"}]
     changed = {"score": recipe["score"] | {"features": stored}}

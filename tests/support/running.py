@@ -38,7 +38,10 @@ def start(
 
 
 def start_whole(recipe: Path, *words: Any) -> subprocess.Popen[str]:
-    """The same as a shell starts it: by Python, which loads all for seconds, and so does each stage."""
+    """The same as a shell starts it.
+
+    Python loads all for seconds, and so does each stage.
+    """
     process = subprocess.Popen(
         command("run", recipe, "--json", *words),
         stdout=subprocess.PIPE,
@@ -63,7 +66,11 @@ def end_started() -> None:
 
 
 def at_worker_start(folder: Path, code: str) -> str:
-    """Code that every worker runs before its first own line; returns the PYTHONPATH that brings it about."""
+    """Code that every worker runs before its first own line.
+
+    Returns:
+        The PYTHONPATH that brings it about.
+    """
     folder.mkdir()
     inside = textwrap.indent(textwrap.dedent(code), "    ")
     (folder / "sitecustomize.py").write_text(
@@ -124,7 +131,10 @@ def progress_of(recipe: Path, stage: str) -> Callable[[], bool]:
 
 
 def kill_in_the_middle(recipe: Path, stage: str) -> None:
-    """Run until a stage is at work, kill -9 the runner, and see the stage die with it; then end the stage."""
+    """Run until a stage is at work, kill -9 the runner, and see the stage die with it.
+
+    Then end the stage.
+    """
     runner, there = start(recipe), progress_of(recipe, stage)
     until(lambda: there() or runner.poll() is not None, stage)
     worker = ours(runner)

@@ -1,11 +1,13 @@
-"""An S3 server for tests: moto in a process of its own, on 127.0.0.1, which fails and counts requests when told to.
+"""An S3 server for tests: moto in a process of its own, on 127.0.0.1.
+
+It fails and counts requests when told to.
 
 It prints its port, and `POST /_fault {"kind": ..., "number": ..., "times": ...}` sets what happens
 from the given upload on (1 is the next): "lost" does it and closes the connection, "unheard" closes
-it without doing it, "500", "503" and "409" refuse it, "500 done" does it and says 500; "ignore" is a
-service that never heard of If-None-Match, "slow" one that takes its time. With `"methods": ["GET",
-...]` requests of these methods are counted in place of uploads.
-`POST /_log` gives the requests since the last time, as "METHOD key status".
+it without doing it, "500", "503" and "409" refuse it, "500 done" does it and says 500; "ignore" is
+a service that never heard of If-None-Match, "slow" one that takes its time. With `"methods":
+["GET", ...]` requests of these methods are counted in place of uploads. `POST /_log` gives the
+requests since the last time, as "METHOD key status".
 """
 
 import json
@@ -29,7 +31,7 @@ CODES = {
 
 
 class Service:
-    """moto behind a lock, since it looks for a key and stores it in two steps where S3 does it in one."""
+    """moto behind a lock: it looks for a key and stores it in two steps, S3 in one."""
 
     def __init__(self) -> None:
         self._app = DomainDispatcherApplication(create_backend_app)
@@ -99,7 +101,8 @@ class Service:
 
     def _refusal(self, kind: str) -> Answer:
         status, code = CODES[kind]
-        body = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>on purpose</Message></Error>".encode()
+        error = f"<Error><Code>{code}</Code><Message>on purpose</Message></Error>"
+        body = f"<?xml version='1.0'?>{error}".encode()
         return (
             status,
             [("Content-Type", "application/xml"), ("Content-Length", str(len(body)))],

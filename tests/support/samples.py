@@ -1,7 +1,9 @@
-"""Rows for tests, made from an index alone; run as a script, a process that writes them into a store.
+"""Rows for tests, made from an index alone.
 
-`samples.py STORE FIRST STOP` says "ready", waits for a line, adds rows FIRST to STOP of soft_targets and says a line
-after each.
+Run as a script, it is a process that writes them into a store.
+
+`samples.py STORE FIRST STOP` says "ready", waits for a line, adds rows FIRST to STOP of
+soft_targets and says a line after each.
 """
 
 import sys
@@ -41,7 +43,10 @@ def target_key(index: int) -> bytes:
 
 
 def spans_for(index: int, tokens: int) -> np.ndarray:
-    """One span, or two where the index says so: then a token between them and one after them are unscored."""
+    """One span, or two where the index says so.
+
+    Then a token between them and one after them are unscored.
+    """
     if index % 3 != 1 or tokens < 2:
         return np.array([[2, tokens]])
     first = tokens // 2
@@ -56,7 +61,10 @@ TEMPERATURES = {"tempered": (0.5, 2.0), "hot": (2.0,)}
 
 
 def target_row(index: int, *, tokens: int = 6, k: int = 4, kind: str = "topk") -> dict[str, Any]:
-    """A soft_targets row whose numbers hold together: two prompt tokens, then what `spans_for` says."""
+    """A soft_targets row whose numbers hold together.
+
+    It has two prompt tokens, then what `spans_for` says.
+    """
     rng = np.random.default_rng(index)
     spans = spans_for(index, tokens)
     scored = positions(spans)

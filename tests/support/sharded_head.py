@@ -1,4 +1,7 @@
-"""One of two ranks of a student that FSDP2 shards: `python sharded_head.py RANK FOLDER`; its gradients go there."""
+"""One of two ranks of a student that FSDP2 shards: `python sharded_head.py RANK FOLDER`.
+
+Its gradients go into the folder.
+"""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,7 @@
-"""LoRA adapters: of a tiny BERT that classifies, trained on the spot, with their bases; of causal models, random."""
+"""LoRA adapters of a tiny BERT that classifies, and of causal models.
+
+Those of BERT are trained on the spot, with their bases; the others are random.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -29,7 +32,10 @@ def save_base(folder: Path, *, head: bool = False, **overrides: Any) -> Path:
 def save_adapter(
     folder: Path, base: Path, *, steps: int = 4, config: bool = True, **lora: Any
 ) -> Path:
-    """Train LoRA and a head on a few labelled texts; `config`: save the model's config beside them."""
+    """Train LoRA and a head on a few labelled texts.
+
+    `config` saves the model's config beside them.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(steps)
         model = AutoModelForSequenceClassification.from_pretrained(base, **NAMES)

@@ -1,4 +1,7 @@
-"""A small classification in this process: labelled records, a tiny BERT that knows three classes, a store of both."""
+"""A small classification in this process.
+
+It has labelled records, a tiny BERT that knows three classes, and a store of both.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -23,7 +26,10 @@ from stillroom.storage.store.store import Store
 
 
 def records(count: int) -> list[dict[str, Any]]:
-    """Labelled texts, every third one a pair; labels by index and by name, every eleventh missing."""
+    """Labelled texts, every third one a pair.
+
+    Labels are by index and by name, every eleventh is missing.
+    """
     rng = np.random.default_rng(0)
     found = []
     for number in range(count):

@@ -1,4 +1,7 @@
-"""A small classification of images in this process: random pictures, a tiny ResNet, a store of both."""
+"""A small classification of images in this process.
+
+It has random pictures, a tiny ResNet, and a store of both.
+"""
 
 import io
 from pathlib import Path

@@ -28,7 +28,10 @@ def generation_job(
     rows: int = 12,
     storage: Mapping[str, object] | None = None,
 ) -> tuple[Job, Identity]:
-    """Prompts in a store, to be written in batches of four and ten steps each; the model never ends a text."""
+    """Prompts in a store, to be written in batches of four and ten steps each.
+
+    The model never ends a text.
+    """
     settings = {
         "engine": "hf",
         "temperature": 0.0,
@@ -59,7 +62,10 @@ def generation_job(
 def scored_store(
     folder: Path, teacher: Path, /, *, rows: int = 30, **sections: object
 ) -> tuple[Recipe, Store, Identity]:
-    """A small recipe whose teacher drew the text (temperature 1) and scored it, by the stages, in this process."""
+    """A small recipe whose teacher drew the text (temperature 1) and scored it.
+
+    The stages run in this process.
+    """
     source = write_jsonl(folder / "prompts.jsonl", prompts(rows))
     spoken = {"engine": "hf", "temperature": 1.0, "max_tokens": 16}
     recipe = Recipe.model_validate(recipe_tree(folder, teacher, source, generate=spoken) | sections)
@@ -69,7 +75,10 @@ def scored_store(
 def scored_in_spans(
     folder: Path, teacher: Path, /, *, rows: int = 30, **sections: object
 ) -> tuple[Recipe, Store, Identity]:
-    """`scored_store`, but of what the teacher drew three spans are scored, as of a conversation's turns."""
+    """`scored_store`, but three spans of what the teacher drew are scored.
+
+    They are like a conversation's turns.
+    """
     source = write_jsonl(folder / "prompts.jsonl", prompts(rows))
     spoken = {"engine": "hf", "temperature": 1.0, "max_tokens": 30}
     recipe = Recipe.model_validate(recipe_tree(folder, teacher, source, generate=spoken) | sections)

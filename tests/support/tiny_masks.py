@@ -50,7 +50,10 @@ FAMILIES = {
 def save_tiny_masked(
     folder: Path, *, family: str = "bert", seed: int = 0, **overrides: Any
 ) -> Path:
-    """A small random encoder with its head over hidden tokens, and a WordPiece tokenizer over `WORDS`."""
+    """A small random encoder with its head over hidden tokens.
+
+    It has a WordPiece tokenizer over `WORDS`.
+    """
     config = copy.deepcopy(FAMILIES[family])
     config.update(overrides)
     with torch.random.fork_rng(devices=[]):

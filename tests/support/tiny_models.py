@@ -47,7 +47,10 @@ def build(config, **more):
 
 
 def make_sample(length, *, start=2, spans=None, k=5, seed=0, vocab=V):
-    """A random sample, scored in its spans or else from `start` on; k = None: full targets, k = 0: none."""
+    """A random sample, scored in its spans or else from `start` on.
+
+    K = None: full targets, k = 0: none.
+    """
     rng = np.random.default_rng(seed)
     ids = rng.integers(0, vocab, length).astype(np.int32)
     spans = np.array(spans or [[start, length - start]])
@@ -78,7 +81,10 @@ CLASSES = ("bad", "good", "neither")
 
 
 def save_tiny_bert(folder, *, seed=0, classes=CLASSES, **overrides):
-    """A small random BERT that classifies, with a WordPiece tokenizer over `WORDS` that joins pairs as BERT does."""
+    """A small random BERT that classifies.
+
+    Its WordPiece tokenizer over `WORDS` joins pairs as BERT does.
+    """
     config = BertConfig(
         **{
             "vocab_size": 32,

@@ -1,4 +1,7 @@
-"""A small token classification in this process: tagged records, a tiny BERT with tags, a store of both."""
+"""A small token classification in this process.
+
+It has tagged records, a tiny BERT with tags, and a store of both.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,10 @@ PIECES = ("##s", "##ed")
 
 
 def tagged(count: int, *, seed: int = 0) -> list[dict[str, Any]]:
-    """Words with tags, by name and by index; some words of several tokens, some texts without tags."""
+    """Words with tags, by name and by index.
+
+    Some words have several tokens, some texts have no tags.
+    """
     rng = np.random.default_rng(seed)
     found = []
     for number in range(count):

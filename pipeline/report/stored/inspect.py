@@ -1,4 +1,7 @@
-"""One sample token by token: of a store, what the teacher thought of the text; of a run, how its student differs."""
+"""One sample token by token.
+
+Of a store it shows what the teacher thought of the text, of a run how its student differs.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -43,7 +46,9 @@ TABLES: tuple[TableName, ...] = ("soft_targets", "generations")
 def show(
     place: str, key: str | None, *, columns: int, colours: bool
 ) -> tuple[dict[str, Any], list[Any]]:
-    """A row of a store, or of a run folder one of the held-out rows that its report holds; as data and for people.
+    """A row of a store or of a run folder, as data and for people.
+
+    A run folder has the held-out rows that its report holds.
 
     `columns`: characters of a line; `colours`: whether it goes to a terminal.
 
@@ -97,7 +102,9 @@ def _of_run(
 
 
 def find_row(store: Store, key: str | None) -> dict[str, Any]:
-    """A soft-target row by key (hex, any unique beginning), else the first; a generation where nothing is scored.
+    """A soft-target row by key (hex, any unique beginning), else the first.
+
+    Where nothing is scored it is a generation.
 
     Raises:
         UsageError: no such row, or more than one.
@@ -153,7 +160,10 @@ def _keys(store: Store, table: TableName) -> Iterator[tuple[bytes, str, int]]:
 
 
 def features_of(store: Store, row: dict[str, Any]) -> list[dict[str, Any]]:
-    """What is stored of a teacher's layers for this text; of a row of targets what its own teacher says."""
+    """What is stored of a teacher's layers for this text.
+
+    For a row of targets it is what its own teacher says.
+    """
     index = store.index("features", ["text_key", "teacher_id", *FEATURE])
     mine = pc.equal(index["text_key"], pa.scalar(text_key(row["token_ids"]), KEY))
     if row["table"] == "soft_targets":
@@ -174,7 +184,7 @@ def _features_table(features: Sequence[dict[str, Any]]) -> Table:
 
 
 def tokenizer_of(store: Store, row: dict[str, Any]) -> Any:
-    """The tokenizer stored with the teacher, or with the model that wrote the text; None if there is none."""
+    """The tokenizer stored with the teacher, or with the model that wrote the text, or None."""
     name = row["teacher_id"] if row["table"] == "soft_targets" else row["author_id"]
     if not store.files.exists(f"teachers/{name}/identity.json"):
         # Text that came with the data has no model as its author: its teacher's tokenizer made it.
@@ -278,7 +288,10 @@ def _show(tokenizer: Any, token: int) -> str:
 
 
 def render(sample: dict[str, Any], *, columns: int, colours: bool) -> list[Any]:
-    """The sample for people: its text, on a terminal coloured by -log p of each token, then a line per position."""
+    """The sample for people: its text, then a line per position.
+
+    On a terminal the text is coloured by -log p of each token.
+    """
     positions = sample.get("positions")
     if "label" in sample:
         marked, text = (

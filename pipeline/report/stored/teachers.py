@@ -1,7 +1,9 @@
-"""The teachers of a store side by side: what each one's rows hold, and how far apart two are on the same texts.
+"""The teachers of a store side by side: what each one's rows hold, and how far apart two are.
 
-Rows are joined by the hash of their tokens, spans and labels, of each teacher the row that tells most
-apart. They are read a few at a time, so memory does not grow with the store.
+The distance is on the same texts.
+
+Rows are joined by the hash of their tokens, spans and labels, of each teacher the row that tells
+most apart. They are read a few at a time, so memory does not grow with the store.
 """
 
 import math
@@ -37,11 +39,12 @@ SELECT teacher_id, kind, k, count(*)::BIGINT AS rows, sum(span_tokens)::BIGINT A
     coalesce(bool_or(entropy_is_bound), false) AS entropy_is_bound
 FROM soft_targets GROUP BY ALL ORDER BY ALL"""
 
-# Of a teacher's rows of one text the best: all outcomes, else the most entries, of as many those whose tail is
-# exact. Draws tell no probability.
+# Of a teacher's rows of one text the best: all outcomes, else the most entries, of as many those
+# whose tail is exact. Draws tell no probability.
 _BEST = f"""
 CREATE TABLE best AS
-SELECT teacher_id, tokens_key, max(whole) AS whole, arg_max(place, (whole, {OF_ENGINE} = '{HF}')) AS place
+SELECT teacher_id, tokens_key, max(whole) AS whole,
+    arg_max(place, (whole, {OF_ENGINE} = '{HF}')) AS place
 FROM (SELECT *, CASE WHEN kind = 'full' THEN 2000000000 + k ELSE k END AS whole FROM soft_targets
     WHERE kind <> 'sampled')
 GROUP BY ALL"""
@@ -64,7 +67,7 @@ class Pair:
     bounded: int = 0
     """Of the tokens, those whose distance is a lower bound."""
     bounded_tails: int = 0
-    """Of the tokens, those of which a tail is known within a bound alone: the distance may be off by as much."""
+    """Tokens of which a tail is known within a bound alone: the distance may be off by as much."""
     other_classes: int = 0
     """Rows that are not compared: classes of the same texts, by other names or in another order."""
     sums: dict[str, float] = field(
@@ -100,7 +103,10 @@ class _Row:
 
     @property
     def rounding(self) -> float:
-        """About what the rounding of its entries adds to a KL: 1/2 sum_i p_i e_i^2, uniform within half a last bit."""
+        """About what the rounding of its entries adds to a KL: 1/2 sum_i p_i e_i^2.
+
+        The errors e_i are uniform within half a last bit.
+        """
         logprobs = self.targets.logprobs
         assert logprobs is not None
         logs = np.where(np.isneginf(logprobs), 0.0, logprobs)
@@ -179,7 +185,10 @@ def _read(store: Store, index: Index, places: np.ndarray) -> dict[int, _Row]:
 
 
 def pair_json(pair: Pair) -> dict[str, Any]:
-    """For programs: means in nats per token; null where a KL is infinite, or nothing is compared."""
+    """For programs: means in nats per token.
+
+    A mean is null where a KL is infinite, or nothing is compared.
+    """
 
     def finite(value: float | None) -> float | None:
         return value if value is not None and math.isfinite(value) else None

@@ -1,4 +1,4 @@
-"""`report --teachers STORE`: the teachers of a store side by side, drawn as the report of a run is."""
+"""`report --teachers STORE`: the teachers of a store, drawn as the report of a run is."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -104,21 +104,23 @@ def _notes(pairs: Sequence[Mapping[str, Any]]) -> list[str]:
     notes = [
         "KL(A‖B) is the mean in nats per token, or per text or word that is classified, over "
         "the rows of both with the same tokens and spans; of each the row that tells most apart.",
-        "rounding: about what the stored floats' mantissa adds to it. A KL that is no larger says nothing.",
+        "rounding: about what the stored floats' mantissa adds to it. A KL that is no larger says "
+        "nothing.",
     ]
     if any(pair["kl_is_lower_bound"] for pair in pairs):
         notes.append(
-            "at least: a lower bound, where some rows are not full: ids that are entries of both are "
-            "told apart, all others are one outcome."
+            "at least: a lower bound, where some rows are not full: ids that are entries of both "
+            "are told apart, all others are one outcome."
         )
     if bounded := sum(pair["tokens_of_bounded_tails"] for pair in pairs):
         notes.append(
-            f"Of {count(bounded)} tokens the tail is known within a bound alone (`tail_bound`), since an "
-            "engine said the best entries: what is called a lower bound holds up to that."
+            f"Of {count(bounded)} tokens the tail is known within a bound alone (`tail_bound`), "
+            "since an engine said the best entries: what is called a lower bound holds up to that."
         )
     notes += [
-        f"{inline(pair['a'][:8])} and {inline(pair['b'][:8])}: {count(pair['rows_of_other_classes'])} rows "
-        "are not compared, since their classes are others."
+        f"{inline(pair['a'][:8])} and {inline(pair['b'][:8])}: "
+        f"{count(pair['rows_of_other_classes'])} rows are not compared, since their classes are "
+        "others."
         for pair in pairs
         if pair["rows_of_other_classes"]
     ]

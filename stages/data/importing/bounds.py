@@ -2,13 +2,15 @@
 
 With p_i the entries' probabilities, K of them, and e_i the relative error of each (`rounding.py`):
 
-    tail_logprob    log(1 - sum_i p_i). Where rounding of the numbers may hide all of that, the log of what it
-                    may hide: sum_i p_i e_i + K 2^-24
-    token_logprob   of a token that is an entry, the entry's; else what the table says of it; else the most that
-                    it can be: least entry or tail
-    entropy         -sum_i p_i log p_i - tail log tail: of entries and tail as one outcome, the least that it can be
+    tail_logprob    log(1 - sum_i p_i). Where rounding of the numbers may hide all of that, the
+                    log of what it may hide: sum_i p_i e_i + K 2^-24
+    token_logprob   of a token that is an entry, the entry's; else what the table says of it;
+                    else the most that it can be: least entry or tail
+    entropy         -sum_i p_i log p_i - tail log tail: of entries and tail as one outcome, the
+                    least that it can be
 
-What can be checked of the entries is: ids, order, sums, and what is said of the token that is there.
+What can be checked of the entries is: ids, order, sums, and what is said of the token that is
+there.
 """
 
 from dataclasses import dataclass
@@ -100,7 +102,10 @@ def bounded_targets(
 
 
 def nothing_left(entries: Entries, columns: Columns, vocab_size: int) -> np.ndarray:
-    """[M] `leaving_nothing` of the best entries; [0] where every id is one, so nothing is outside."""
+    """[M] `leaving_nothing` of the best entries.
+
+    It is empty, [0], where every id is an entry, so nothing is outside.
+    """
     if entries.ids.shape[1] >= vocab_size:
         return np.empty(0, bool)
     best = entries.without_last() if columns.forced else entries
@@ -130,7 +135,9 @@ def _tail(kept: Entries, columns: Columns) -> np.ndarray:
         raise BadRow(
             "probability",
             columns.values,
-            found=f"entries that sum to {total[over][0]:.6g} at position {_first(over)} of the span",
+            found=(
+                f"entries that sum to {total[over][0]:.6g} at position {_first(over)} of the span"
+            ),
             expected="1 at most",
             help="See --values; probabilities must be of the whole vocabulary, at temperature 1.",
         )
@@ -198,7 +205,9 @@ def _check_distinct(ids: np.ndarray, following: np.ndarray, columns: Columns) ->
 def _check_given(
     given: np.ndarray, entry: np.ndarray, inside: np.ndarray, columns: Columns
 ) -> None:
-    """What is said of the token that is there must be what its entry says, or less than every entry.
+    """What is said of the token that is there must agree with the entries.
+
+    It is what its entry says, or less than every entry.
 
     Args:
         given: [N] what is said.

@@ -1,4 +1,7 @@
-"""What rounding does to the numbers of a foreign table: how many bits they have, and what of a sum it may hide."""
+"""What rounding does to the numbers of a foreign table.
+
+It finds how many bits they have, and what of a sum rounding may hide.
+"""
 
 import numpy as np
 
@@ -18,7 +21,10 @@ _ENOUGH = 3
 
 
 def mantissa_bits(values: np.ndarray) -> int:
-    """Bits of mantissa, the first one counted, that float32 needs for all values: 8 for bfloat16's, 24 at most."""
+    """Bits of mantissa, the first one counted, that float32 needs for all values.
+
+    bfloat16 needs 8; 24 is the most.
+    """
     patterns = values.astype(np.float32).view(np.uint32).ravel()
     # A bit is set here if it is set in any value.
     used = int(np.bitwise_or.reduce(patterns, initial=0)) & _STORED
@@ -45,7 +51,9 @@ def hidden_mass(kept: np.ndarray, error: np.ndarray) -> np.ndarray:
 
 
 def leaving_nothing(logprobs: np.ndarray, error: np.ndarray) -> np.ndarray:
-    """[M] bool: whether the entries sum to 1, of the M <= N positions where an id beyond them would be seen.
+    """[M] bool: whether the entries sum to 1, so that nothing is left for other ids.
+
+    M <= N are the positions where an id beyond the entries would be seen.
 
     The best of the other ids is seldom much less likely than the least entry. Where that entry is
     well above what rounding may hide, entries that sum to 1 all the same were normalised over

@@ -1,4 +1,6 @@
-"""One row of a foreign table of token ids and teacher probabilities, as a soft target of this store; or why it is none.
+"""One row of a foreign table as a soft target of this store, or why it is none.
+
+The table has token ids and teacher probabilities.
 
 Nobody else's table says how its lists stand to its tokens, so that is asked for (`columns.py`), and
 everything that can be checked is. What such a table does not hold is bounded (`bounds.py`).
@@ -157,7 +159,9 @@ def _part_of_spans(
 
 
 def _part(columns: Columns, length: int, *, tokens: int, prompt: int) -> tuple[range, int]:
-    """Which lists are about the span, and the prompt's tokens, one more where the first scored token has no list.
+    """Which lists are about the span, and the prompt's tokens.
+
+    The prompt is one token longer where the first scored token has no list.
 
     The list of position t is about token t + 1 (targets_at next) or token t (same).
     """
@@ -182,7 +186,10 @@ def _part(columns: Columns, length: int, *, tokens: int, prompt: int) -> tuple[r
         "lengths",
         columns.ids,
         found=f"{length} positions",
-        expected=f"{tokens} (one for each token), {tokens - 1} or {span} (one for each of the completion)",
+        expected=(
+            f"{tokens} (one for each token), {tokens - 1} or {span} (one for each of the "
+            "completion)"
+        ),
         help="Say which tokens the lists are about: --columns prompt_tokens=COLUMN, "
         "completion_tokens=COLUMN or spans=COLUMN.",
     )
@@ -214,7 +221,10 @@ def _entries(
 
 
 def _from_probs(numbers: np.ndarray, columns: Columns) -> tuple[np.ndarray, np.ndarray]:
-    """[N, K] log-probabilities, and how far rounding may have moved them: log(p (1 + e)) = log p + e."""
+    """[N, K] log-probabilities, and how far rounding may have moved them.
+
+    log(p (1 + e)) is about log p + e.
+    """
     wrong = (numbers <= 0) | (numbers > 1 + SUM_TOLERANCE)
     if wrong.any():
         raise BadRow(
@@ -231,7 +241,10 @@ def _from_probs(numbers: np.ndarray, columns: Columns) -> tuple[np.ndarray, np.n
 def _from_logs(
     numbers: np.ndarray, lse: np.ndarray | None, columns: Columns
 ) -> tuple[np.ndarray, np.ndarray]:
-    """[N, K] log-probabilities, and how far rounding may have moved them: |x| 2^-b, x with b bits of mantissa."""
+    """[N, K] log-probabilities, and how far rounding may have moved them.
+
+    A number x with b bits of mantissa moves by at most |x| 2^-b.
+    """
     logprobs, errors = numbers, np.abs(numbers) * 2.0 ** -mantissa_bits(numbers)
     if lse is not None:
         # Logits: log p = x - lse, and both may be off.
@@ -246,8 +259,8 @@ def _from_logs(
             columns.values,
             found=f"a log-probability of {most:g}" if over else "a number that is not finite",
             expected="0 at most",
-            help="Probabilities are --values probs; logits need --columns lse=COLUMN, the log of their sum of "
-            "exp over the vocabulary.",
+            help="Probabilities are --values probs; logits need --columns lse=COLUMN, the log of "
+            "their sum of exp over the vocabulary.",
         )
     return np.minimum(logprobs, 0.0), errors
 

@@ -1,4 +1,4 @@
-"""`stillroom import`: a foreign table of token ids and teacher probabilities becomes rows of a store.
+"""`stillroom import`: a foreign table of teacher probabilities becomes rows of a store.
 
 Every row is checked (`row.py`), the first ones also for targets that belong to other tokens than
 those they stand beside (`stages/audit/misplaced_targets.py`), before anything is written.
@@ -126,7 +126,9 @@ def _teacher(request: ImportRequest, hashes: FileHashes) -> Identity:
 
 
 def _refuse_other_heads(folder: Path, name: str) -> None:
-    """Refuse a model whose probabilities are of classes or of hidden tokens: a table's are of next tokens.
+    """Refuse a model whose probabilities are of classes or of hidden tokens.
+
+    A table's are of next tokens.
 
     Raises:
         UsageError: it is one.
@@ -135,8 +137,9 @@ def _refuse_other_heads(folder: Path, name: str) -> None:
     facts = config_facts(read_json(folder / "config.json", "--teacher"), where=where)
     if head not in facts.heads:
         raise UsageError(
-            f"{where} is {facts.use} ({facts.model_type}), and the rows of a table are of the next token. Use "
-            f"{MODELS[head].words}. What other models say of texts, words or images is scored by `stillroom run`."
+            f"{where} is {facts.use} ({facts.model_type}), and the rows of a table are of the next "
+            f"token. Use {MODELS[head].words}. What other models say of texts, words or images is "
+            "scored by `stillroom run`."
         )
 
 
@@ -324,7 +327,10 @@ class _Import:
         )
 
     def _finish(self) -> None:
-        """Say which prompts these are, and whose; a table that was imported before says the same again."""
+        """Say which prompts these are, and whose.
+
+        A table that was imported before says the same again.
+        """
         done, request = self._done, self._request
         prompts = self._intake.prompts()
         rejected = sum(done.rejected.values())

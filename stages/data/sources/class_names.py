@@ -1,4 +1,7 @@
-"""Names that a source itself gives the classes of a column of ids, as `datasets` keeps them beside the rows."""
+"""Names that a source itself gives the classes of a column of ids.
+
+`datasets` keeps them beside the rows.
+"""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,14 +15,20 @@ _KEPT_UNDER = b"huggingface"
 
 
 def classes_in_files(files: Iterable[Path], column: str) -> Iterator[tuple[str, ...]]:
-    """The names in each file that has some; of a damaged file nothing, which whoever reads it says."""
+    """The names in each file that has some.
+
+    A damaged file gives none: whoever reads it says what is wrong.
+    """
     for file in files:
         if ending(file) in _SCHEMAS and (names := classes_of(_features(file), column)):
             yield names
 
 
 def classes_of(features: Mapping[str, Any], column: str) -> tuple[str, ...]:
-    """Of a column of one label, or of lists of them; (): its labels are no ids, or nobody named them."""
+    """Class names of a column of one label, or of lists of them.
+
+    (): its labels are no ids, or nobody named them.
+    """
     kind = features.get(column)
     while kind and not isinstance(kind, Mapping | str):  # once a list of one kind
         kind = kind[0]

@@ -46,7 +46,10 @@ class Found:
     """Whether each file is an image, in a folder that names its class."""
 
     def name_of(self, file: Path) -> str:
-        """A file's path in its source, as it is shown and recorded: of `${FILE}` that, not the file's name."""
+        """A file's path in its source, as it is shown and recorded.
+
+        Of `${FILE}` that is shown, not the file's name.
+        """
         if self.one:
             return PurePath(as_written(self.source)).name
         return shown(file.relative_to(self.root).as_posix())
@@ -81,8 +84,8 @@ class Found:
             ):
                 return self
             raise UsageError(
-                f"{field}: no file of {self.source} names a split, so none is of {wanted}. Name the "
-                "files themselves, or put them into folders train and test."
+                f"{field}: no file of {self.source} names a split, so none is of {wanted}. Name "
+                "the files themselves, or put them into folders train and test."
             )
         chosen = [file for file, name in named.items() if name == wanted]
         if not chosen:
@@ -100,7 +103,7 @@ class Found:
         return split_of_image(path) if self.images else split_of(path, field=self.field)
 
     def left_out_note(self, read: set[Path]) -> str | None:
-        """A sentence that names what is left out, of long lists the beginning; None where nothing is."""
+        """A sentence that names what is left out, or None. Of long lists it names the beginning."""
         left = {file: why for file, why in self.left_out.items() if file not in read}
         if not left:
             return None
@@ -162,8 +165,8 @@ def _refuse_mixed(found: Found) -> None:
         return
     table, image = found.name_of(tables[0]), found.name_of(found.files[0])
     raise UsageError(
-        f"{found.field}: {as_written(found.source)} has tables ({table}) and images ({image}), and the "
-        "records may be those of either. Name one kind by a glob, or put the other elsewhere."
+        f"{found.field}: {as_written(found.source)} has tables ({table}) and images ({image}), and "
+        "the records may be those of either. Name one kind by a glob, or put the other elsewhere."
     )
 
 
@@ -221,8 +224,8 @@ def _refuse_without_class(folder: Path, source: str, field: str) -> None:
     """
     raise UsageError(
         f"{field}: {as_written(source)} are the images of one folder, and may be of a class "
-        f"{folder.name!r} or of none. Expected a glob over the folders of all classes (*/*.png), or the "
-        "folder itself, for images without a label."
+        f"{folder.name!r} or of none. Expected a glob over the folders of all classes (*/*.png), "
+        "or the folder itself, for images without a label."
     )
 
 

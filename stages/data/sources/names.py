@@ -8,7 +8,8 @@ TEXTS = (".jsonl", ".ndjson", ".json", ".csv", ".txt", ".md")
 PACKED = (".gz", ".zst", ".bz2", ".xz")
 TABLES = (".parquet", ".arrow")
 IN_FOLDERS = (".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".txt", ".arrow")
-"""What counts in a folder: a README.md beside the data is not data, so .md is named by a file or a glob."""
+"""What counts in a folder. A README.md beside the data is not data, so .md is named by a file or a
+glob."""
 IN_GLOBS = (*IN_FOLDERS, ".md")
 IMAGES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".ppm", ".tif", ".tiff")
 """Data where records are images: each such file is one."""

@@ -26,7 +26,8 @@ _AT_ONCE = 4 << 20
 """Bytes of a table that are Python objects at once, as Arrow counts them."""
 _TOO_MANY = "more cells than the header has columns: a comma stands in a cell without quotes"
 _TIMES, _ALWAYS = 100, 64 << 20
-"""How much larger what is read at once of a packed file may be unpacked, and bytes that it may always have."""
+"""How much larger what is read at once of a packed file may be unpacked, and the bytes that it may
+always have."""
 _LINE_BY_LINE = (".jsonl", ".ndjson", ".csv")
 _MARK = "\ufeff"  # the byte-order mark that some programs write at the beginning of UTF-8
 
@@ -238,7 +239,7 @@ def refuse_twice(columns: Sequence[str]) -> None:
 
 
 def of_a_table(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A record without the fields that its objects have only because those of other records have them."""
+    """A record without fields that its objects have only because other records' objects do."""
     return {column: _without_nulls(value) for column, value in record.items()}
 
 
@@ -266,7 +267,10 @@ def _document(file: Path, name: str) -> Iterator[Record]:
 
 
 def _image(file: Path, name: str) -> Iterator[Record]:
-    """An image, of the class that its folder is called by; in a folder of a split alone it has none."""
+    """An image, of the class that its folder is called by.
+
+    In a folder of a split alone it has no class.
+    """
     path = PurePath(name)
     label = path.parts[-2] if len(path.parts) > 1 + (split_of_image(path) is not None) else None
     yield name, {"image": file.read_bytes(), "label": label}

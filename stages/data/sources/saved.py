@@ -34,7 +34,10 @@ def read_datasets(
 
 
 def classes_on_the_hub(name: str, split: str, column: str) -> tuple[str, ...]:
-    """Names that a dataset of the Hub gives the classes of a column; (): none, or no answer, which reading says."""
+    """Names that a dataset of the Hub gives the classes of a column.
+
+    (): it gives none, or there is no answer, which reading reports.
+    """
     try:
         features = _streamed(name, split).features
     except Exception:

@@ -1,4 +1,7 @@
-"""A source of records as the recipe names it: what is trained on, and the held-out rows of the user's own."""
+"""A source of records as the recipe names it.
+
+There is one of what is trained on, and one of the held-out rows of the user's own.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -69,7 +72,7 @@ class Source:
             yield from read_file(file, found.name_of(file), field=self.field)
 
     def classes(self, column: str) -> list[tuple[str, ...]]:
-        """Names that the source gives the classes of a column of ids, in the order of the ids, once each."""
+        """Names that the source gives the classes of a column of ids, in their order, once each."""
         found = self.files()
         if found is None:
             named = [classes_on_the_hub(self.name, self.split, column)]
@@ -147,7 +150,10 @@ def all_records(recipe: Recipe) -> Iterator[tuple[str, dict[str, Any] | str, boo
 
 
 def left_out(recipe: Recipe) -> list[str]:
-    """What folders and globs leave out, a sentence each; what another source reads is not left out."""
+    """What folders and globs leave out, a sentence each.
+
+    What another source reads is not left out.
+    """
     found = [files for source in sources_of(recipe) if (files := source.files())]
     read = {file for files in found for file in files.files}
     said = {files.source: files.left_out_note(read) for files in found}
@@ -155,7 +161,9 @@ def left_out(recipe: Recipe) -> list[str]:
 
 
 def refuse_other_order(recipe: Recipe, classes: Sequence[str]) -> None:
-    """Refuse labels that are ids in another order than the teacher's: each would be taken for another class.
+    """Refuse labels that are ids in another order than the teacher's.
+
+    Each would be taken for another class.
 
     Raises:
         UsageError: a source names the teacher's classes in an order of its own.
@@ -167,8 +175,8 @@ def refuse_other_order(recipe: Recipe, classes: Sequence[str]) -> None:
                 own, theirs = ([n.casefold() for n in some] for some in (names, classes))
                 if own != theirs and sorted(own) == sorted(theirs):
                     raise UsageError(
-                        f"{source.field}: column {column!r} of {as_written(source.name)} numbers its classes "
-                        f"{', '.join(names)}, the teacher {', '.join(classes)}: the same in another "
-                        "order. Put their names in place of the ids (`datasets`: int2str), or use a "
-                        "teacher with this order."
+                        f"{source.field}: column {column!r} of {as_written(source.name)} numbers "
+                        f"its classes {', '.join(names)}, the teacher {', '.join(classes)}: the "
+                        "same in another order. Put their names in place of the ids (`datasets`: "
+                        "int2str), or use a teacher with this order."
                     )

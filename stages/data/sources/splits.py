@@ -35,12 +35,15 @@ def split_of(path: PurePath, *, field: str) -> str | None:
 
 
 def split_of_image(path: PurePath) -> str | None:
-    """The split that the first folder of an image's path is: other words in it may be those of a class."""
+    """The split that the first folder of an image's path names.
+
+    Other words in the path may be those of a class.
+    """
     return _SPLITS.get(path.parts[0].lower()) if len(path.parts) > 1 else None
 
 
 def refuse_either(paths: Iterable[PurePath], *, field: str) -> None:
-    """Refuse images in a folder that a split is called by, beside others in folders of their classes.
+    """Refuse images in a folder named like a split, beside others in folders of classes.
 
     Raises:
         UsageError: some are.
@@ -50,8 +53,8 @@ def refuse_either(paths: Iterable[PurePath], *, field: str) -> None:
     if splits and len(splits) < len(folders):
         other = next(folder for folder in folders if folder not in splits)
         raise UsageError(
-            f"{field}: the folder {splits[0]} may be a split, or a class of images as {other} beside "
-            "it. Put the folders of all classes into one that is called train."
+            f"{field}: the folder {splits[0]} may be a split, or a class of images as {other} "
+            "beside it. Put the folders of all classes into one that is called train."
         )
 
 

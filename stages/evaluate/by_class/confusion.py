@@ -1,4 +1,6 @@
-"""What a classifier takes for what: a confusion matrix; precision, recall and F1, with standard errors over prompts.
+"""What a classifier takes for what: a confusion matrix, and measures with standard errors.
+
+The measures are precision, recall and F1. Their errors are over prompts.
 
 Of class c let h_c texts be right (labelled c and answered c), s_c labelled c (its support) and a_c
 answered c:
@@ -26,7 +28,8 @@ from typing import Any
 import numpy as np
 
 SHARES = {"precision": (0, 1), "recall": (1, 0), "f1": (1, 1)}
-"""Name -> how often a text is counted below, at its label and at its answer; above, where right, both."""
+"""Name -> how often a text is counted below, at its label and at its answer. Above, where it is
+right, it is counted as often as both together."""
 AVERAGES = ("micro", "macro", "weighted")
 
 
@@ -63,7 +66,10 @@ class Confusion:
         return found
 
     def minus(self, other: "Confusion") -> dict[str, float | None]:
-        """Differences of this one's averages from those of another on the same texts, errors paired."""
+        """Differences of this one's averages from those of another, with paired errors.
+
+        Both are of the same texts.
+        """
         found: dict[str, float | None] = {}
         for (name, mine), (_, theirs) in zip(self._averages(), other._averages(), strict=True):
             found[name] = mine.value - theirs.value
@@ -71,7 +77,7 @@ class Confusion:
         return found
 
     def by_class(self, classes: int) -> dict[str, list[float | None]]:
-        """For each class `support`, `precision`, `recall` and `f1`, and of these the errors."""
+        """`support`, `precision`, `recall` and `f1` of each class, with errors of the shares."""
         support = self._count(self._labels, classes).tolist()
         found: dict[str, list[float | None]] = {"support": support}
         for name in SHARES:

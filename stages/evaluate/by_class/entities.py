@@ -1,14 +1,17 @@
-"""Entities that tags mark, and how many are found whole: precision, recall and F1, with standard errors over prompts.
+"""Entities that tags mark, and how many of them are found whole.
+
+The measures are precision, recall and F1, with standard errors over prompts.
 
 Tags are those of BIO: B-TYPE begins an entity of a type, I-TYPE goes on with it, O is outside. As
-`conlleval` and seqeval (its default mode) read them, an entity begins at a B, and at an I that follows
-none of its type; it ends before the next word that does not go on with it. An entity is found where
-type, first and last word are all as labelled. With h found, s labelled (support) and a answered
+`conlleval` and seqeval (its default mode) read them, an entity begins at a B, and at an I that
+follows none of its type; it ends before the next word that does not go on with it. An entity is
+found where type, first and last word are all as labelled. With h found, s labelled (support) and a
+answered
 
     precision  h / a        recall  h / s        f1  2 h / (s + a)
 
-over all types together. A share of nothing is 0. A standard error is that of the share made linear in
-the texts (delta method), as in `confusion.py`.
+over all types together. A share of nothing is 0. A standard error is that of the share made linear
+in the texts (delta method), as in `confusion.py`.
 """
 
 import math
@@ -78,7 +81,10 @@ class Entities:
                 self._types[kind][column] += 1
 
     def results(self) -> dict[str, float | None]:
-        """`entity_precision`, `entity_recall`, `entity_f1`; `_se` is the standard error over units."""
+        """`entity_precision`, `entity_recall` and `entity_f1`.
+
+        Those with `_se` are their standard errors over units.
+        """
         found: dict[str, float | None] = {}
         for name in SHARES:
             value, parts = self._share(name)
@@ -86,7 +92,10 @@ class Entities:
         return found
 
     def minus(self, other: Self) -> dict[str, float | None]:
-        """Differences of these shares from those of another arm on the same texts, errors paired."""
+        """Differences of these shares from those of another arm, with paired errors.
+
+        Both are of the same texts.
+        """
         found: dict[str, float | None] = {}
         for name in SHARES:
             (mine, parts), (theirs, others) = self._share(name), other._share(name)
@@ -95,7 +104,7 @@ class Entities:
         return found
 
     def by_type(self) -> dict[str, dict[str, float]]:
-        """Of each type that occurs, by name: `support` and the shares."""
+        """`support` and the shares of each type that occurs, by name."""
         found: dict[str, dict[str, float]] = {}
         for kind, counts in sorted(self._types.items()):
             sums = np.array([counts[column] for column in range(3)], np.float64)

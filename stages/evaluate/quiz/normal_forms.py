@@ -1,4 +1,7 @@
-"""Normal forms of answers: as a number, as words alone. Two answers are the same where their forms are."""
+"""Normal forms of answers: as a number, and as words alone.
+
+Two answers are the same where their forms are.
+"""
 
 import re
 import string
@@ -21,8 +24,9 @@ _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 def number(text: str) -> Fraction | None:
     """The number that a text is, exactly; None: it is none, or it is more than a number.
 
-    1,000 and $1000 and 1000.0 and 1e3 are one number, 42. and 42 % are 42, 1/2 is 0.5. A comma stands
-    before three digits, a point before decimals. Signs of currencies and of per cent say nothing.
+    1,000 and $1000 and 1000.0 and 1e3 are one number, 42. and 42 % are 42, 1/2 is 0.5. A comma
+    stands before three digits, a point before decimals. Signs of currencies and of per cent say
+    nothing.
     """
     found = _NUMBER.fullmatch(text.strip())
     if found is None or (found["outer"] and found["inner"]):

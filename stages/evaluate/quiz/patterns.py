@@ -1,4 +1,7 @@
-"""What a recipe's regular expression finds in a text, within a bound of time: some never end, where they backtrack."""
+"""What a recipe's regular expression finds in a text, within a bound of time.
+
+Some expressions never end where they backtrack.
+"""
 
 import re
 from functools import lru_cache

@@ -2,9 +2,9 @@
 
     a_i = softmax over the tokens j that i sees of (scale q_i . k_j)
 
-That *is* the attention of architectures that do no more than this (BERT, GPT-2, Llama, Qwen, Gemma 3),
-with queries and keys as they are multiplied: after rotation and after any norm of their own. Sinks,
-soft caps and biases are more.
+That *is* the attention of architectures that do no more than this (BERT, GPT-2, Llama, Qwen, Gemma
+3), with queries and keys as they are multiplied: after rotation and after any norm of their own.
+Sinks, soft caps and biases are more.
 """
 
 from collections.abc import Mapping, Sequence
@@ -91,11 +91,11 @@ def attention_kl(
 ) -> Tensor:
     """Per token i: 1/H sum_h KL(teacher's a_hi || student's a_hi), nats.
 
-    Wang et al. 2020 (MiniLM), arXiv 2002.10957, the transfer of attention distributions; Jiao et al.
-    2020 (TinyBERT), arXiv 1909.10351, compares the scores before the softmax instead.
+    Wang et al. 2020 (MiniLM), arXiv 2002.10957, the transfer of attention distributions; Jiao et
+    al. 2020 (TinyBERT), arXiv 1909.10351, compares the scores before the softmax instead.
 
-    Needs queries and keys of one layer. To be used where the student is to look where the teacher
-    looks, and both have heads that can be paired; with other heads, relations ask for less.
+    It needs queries and keys of one layer. It is to be used where the student is to look where the
+    teacher looks, and both have heads that can be paired; with other heads, relations ask for less.
 
     Args:
         teacher: Queries [H, T, d] as `x`, keys [h, T, d] as `y`, h divides H (grouped keys); the
@@ -118,7 +118,9 @@ def attention_kl(
 
 
 def check_pair(teacher: Scores, student: Scores, longest: int, *, heads: Heads) -> None:
-    """Refuse heads that cannot be paired, and a student that sees less; `longest`: tokens of a sample at most.
+    """Refuse heads that cannot be paired, and a student that sees less.
+
+    `longest` is how many tokens a sample has at most.
 
     Raises:
         UsageError: as of `attention_kl`.

@@ -17,7 +17,10 @@ class EmbeddingsPart(Part):
     """The embeddings of all tokens of a step, after the map where the widths differ."""
 
     def __init__(self, teacher: np.ndarray, width: int, *, asked: int, seed: int) -> None:
-        """`teacher`: [V, D], `width`: D' of the student, `asked`: which entry, `seed`: `run.seed`."""
+        """Keep the teacher's matrix [V, D], and make the map from `width`, D' of the student.
+
+        `asked` says which entry this is, and `seed` is `run.seed`.
+        """
         super().__init__("embeddings_mse", asked=asked, need=("embeddings", 0))
         # Of the store, not of the student: in no checkpoint.
         self.register_buffer("teacher", torch.from_numpy(np.array(teacher)), persistent=False)
@@ -65,15 +68,17 @@ def embedding_mse(
     *,
     to_teacher: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """Per token n: 1/D |W e_n - t_n|^2, e and t the rows of its id in the two matrices, D the teacher's width.
+    """Per token n: 1/D |W e_n - t_n|^2, D the teacher's width.
 
-    Jiao et al. 2020 (TinyBERT), arXiv 1909.10351, eq. 8, which compares the embeddings of the tokens
-    of a batch. So an id counts as often as it occurs and one that never occurs is left alone; the
-    gradient reaches the rows of the batch, where that of the whole matrix would move all V rows at
-    every step, mostly those of rare tokens. Position embeddings are not part of it.
+    In it e_n and t_n are the rows of the token's id in the student's and the teacher's matrix.
 
-    Needs the teacher's matrix, which the store keeps once: 0 bytes a token. To be used with a student
-    of fresh weights and the teacher's tokenizer.
+    Jiao et al. 2020 (TinyBERT), arXiv 1909.10351, eq. 8, which compares the embeddings of the
+    tokens of a batch. So an id counts as often as it occurs and one that never occurs is left
+    alone; the gradient reaches the rows of the batch, where that of the whole matrix would move all
+    V rows at every step, mostly those of rare tokens. Position embeddings are not part of it.
+
+    It needs the teacher's matrix, which the store keeps once: 0 bytes a token. It is to be used
+    with a student of fresh weights and the teacher's tokenizer.
 
     Args:
         teacher: [V, D] any floating dtype; a constant to the gradient.

@@ -1,7 +1,7 @@
 """Losses between samples as parts of what is matched: `match: rkd`, `similarity`, `infonce`.
 
-Each compares one vector a sample on both sides, the student's pooled from the states of its own block as
-the teacher's was, over the groups of a step.
+Each compares one vector a sample on both sides, the student's pooled from the states of its own
+block as the teacher's was, over the groups of a step.
 """
 
 from dataclasses import dataclass

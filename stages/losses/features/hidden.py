@@ -48,11 +48,11 @@ def hidden_distance(teacher: Tensor, student: Tensor, *, distance: str) -> Tenso
         cosine      1 - s.t / (|s| |t|)
         smooth_l1   1/D sum_d h(s_d - t_d), h(x) = x^2 / 2 where |x| < 1, else |x| - 1/2
 
-    Romero et al. 2015 (FitNets), arXiv 1412.6550, eq. 3, with s = W x a trained map of the student's
-    own state; Jiao et al. 2020 (TinyBERT), arXiv 1909.10351, eq. 7 (mse, W without a bias); Sanh et al.
-    2019 (DistilBERT), arXiv 1910.01108 (cosine). `smooth_l1` is of Huber 1964.
+    Romero et al. 2015 (FitNets), arXiv 1412.6550, eq. 3, with s = W x a trained map of the
+    student's own state; Jiao et al. 2020 (TinyBERT), arXiv 1909.10351, eq. 7 (mse, W without a
+    bias); Sanh et al. 2019 (DistilBERT), arXiv 1910.01108 (cosine). `smooth_l1` is of Huber 1964.
 
-    Needs hidden states of one layer of the teacher. mse where the scale of the states is to be
+    It needs hidden states of one layer of the teacher. mse where the scale of the states is to be
     learnt too; a few channels that are far larger than the others (large models have such) decide
     it, and smooth_l1 bounds their pull. cosine where the direction alone counts.
 

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from ...models.attention.maps import Scores, log_rows, samples
 
 LARGEST = 2**24
-"""Numbers that a block of rows holds of one side (64 MB in float32), or those of one row of all maps."""
+"""Numbers that a block of rows of one side holds (64 MB in float32), or one row of all maps."""
 
 
 def kl_of_maps(

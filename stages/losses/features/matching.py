@@ -1,4 +1,6 @@
-"""All that a student matches of its teacher's features: one part for each pair of layers that `loss.features` names.
+"""All that a student matches of its teacher's features.
+
+There is one part for each pair of layers that `loss.features` names.
 
 A map W [D, d] takes the student's vectors of d numbers to the teacher's D, where a loss compares
 numbers and the two differ: s = W x. It trains with the student, and is dropped when the student is
@@ -35,7 +37,7 @@ class Pair:
 
     @property
     def name(self) -> str:
-        """As in `hidden_3_to_1_mse`."""
+        """The pair's name, as in `hidden_3_to_1_mse`."""
         return f"{self.loss.match}_{self.teacher}_to_{self.student}"
 
 
@@ -138,7 +140,7 @@ class Matching(nn.Module):
 
     @property
     def parts(self) -> list[Part]:
-        """In the order in which they are summed and recorded."""
+        """The parts, in the order in which they are summed and recorded."""
         return [part for part in self._parts if isinstance(part, Part)]
 
     @property
@@ -148,7 +150,7 @@ class Matching(nn.Module):
 
     @property
     def names(self) -> list[str]:
-        """Of the parts; one that comes again gets its entry's number."""
+        """The names of the parts, where one that comes again gets its entry's number."""
         names = [part.name for part in self.parts]
         return [
             name if names.count(name) == 1 else f"{name}_{part.asked}"

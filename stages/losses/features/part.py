@@ -1,7 +1,7 @@
 """One part of what a student matches of its teacher's features: a loss of one pair of layers.
 
-A part is summed over a pass and divided by its count over the whole step, so passes of any size make
-the same gradient. The count follows from which samples the step has, never from values.
+A part is summed over a pass and divided by its count over the whole step, so passes of any size
+make the same gradient. The count follows from which samples the step has, never from values.
 """
 
 from abc import abstractmethod
@@ -20,7 +20,8 @@ class StepSize:
     """What a step has, by which the sums of its parts are divided."""
 
     compared: int
-    """Tokens that are compared one by one: those that predict, or all of a text that is classified."""
+    """Tokens that are compared one by one. They are those that predict, or all of a text that is
+    classified."""
     tokens: int
     """Of all samples."""
     samples: int
@@ -62,13 +63,17 @@ class Part(nn.Module):
 
     @abstractmethod
     def count(self, size: StepSize) -> int:
-        """Terms of a step: what the sums of its passes are divided by together; 0 where there is none."""
+        """The number of terms of a step, by which the sums of its passes are divided together.
+
+        It is 0 where there is none.
+        """
 
 
 def drawn_map(rows: int, columns: int, name: bytes) -> nn.Parameter:
     """W [rows, columns] uniform within 1 / sqrt(columns), as a linear layer of torch begins.
 
-    By a generator of its own, from `name` alone: nothing else is drawn otherwise for it.
+    It is drawn by a generator of its own, from `name` alone: nothing else is drawn otherwise for
+    it.
     """
     generator = torch.Generator().manual_seed(row_seed(name))
     bound = columns**-0.5

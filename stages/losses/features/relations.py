@@ -1,4 +1,7 @@
-"""Relations between the tokens of a sample: how alike its queries are, or its keys, or its values."""
+"""Relations between the tokens of a sample.
+
+They are how alike its queries are, or its keys, or its values.
+"""
 
 from collections.abc import Sequence
 
@@ -47,7 +50,7 @@ class RelationPart(Part):
 
     @property
     def _what(self) -> str:
-        """Of the student: whole, whatever the teacher's were made into."""
+        """What is compared of the student: it is whole, whatever the teacher's were made into."""
         return what_and_how(self._teacher[0])[0]
 
     def check(self, shown: Shown, longest: int) -> None:
@@ -70,30 +73,34 @@ def relation_kl(
     heads: int,
     projected_from: int | None = None,
 ) -> Tensor:
-    """Per token i: 1/A sum_a KL(softmax_j(t_ai . t_aj / sqrt(d_t)) || softmax_j(s_ai . s_aj / sqrt(d_s))), nats.
+    """1/A sum_a KL(softmax_j(t_ai . t_aj / sqrt(d_t)) || softmax_j(s_ai . s_aj / sqrt(d_s))).
+
+    It is in nats, per token i.
 
     Wang et al. 2021 (MiniLMv2), arXiv 2012.15828, eq. 5 and 6, for one kind of vectors. Eq. 4 is
     the weighted sum over queries, keys and values: three calls.
 
-    Vectors of all heads are joined in their order and cut into A = `heads` parts anew, so teacher and
-    student may have other widths and other numbers of heads; more parts tell more. Grouped keys and
-    values are not repeated, as that would only repeat relations. Every token is related to every
-    token of its sample, in causal models too: that is no attention, nothing is predicted from it.
+    Vectors of all heads are joined in their order and cut into A = `heads` parts anew, so teacher
+    and student may have other widths and other numbers of heads; more parts tell more. Grouped keys
+    and values are not repeated, as that would only repeat relations. Every token is related to
+    every token of its sample, in causal models too: that is no attention, nothing is predicted from
+    it.
 
-    Needs one kind of vectors of one layer, h d numbers a token. To be used where heads or widths
-    differ. Scores grow with the vectors: where the teacher's rows are all uniform or all one-hot
-    there is nothing to learn.
+    It needs one kind of vectors of one layer, h d numbers a token. It is to be used where heads or
+    widths differ. Scores grow with the vectors: where the teacher's rows are all uniform or all
+    one-hot there is nothing to learn.
 
-    Projected vectors of the teacher stand for whole ones: x_i P P^T x_j is x_i . x_j in the mean over P. So
-    their products are divided by sqrt(D), of the numbers before, and they are one part, as parts of
-    them are no parts of the vectors.
+    Projected vectors of the teacher stand for whole ones: x_i P P^T x_j is x_i . x_j in the mean
+    over P. So their products are divided by sqrt(D), of the numbers before, and they are one part,
+    as parts of them are no parts of the vectors.
 
     Args:
         teacher: [h, T, d], of any floating dtype; a constant to the gradient.
         student: [h', T, d'], of the same tokens.
         lengths: Tokens of each sample; they follow one another, and none is related to another's.
         heads: A, parts; it divides h d and h' d'.
-        projected_from: D, numbers that the teacher's vectors had before projection; None: they are whole.
+        projected_from: D, numbers that the teacher's vectors had before projection; None: they are
+            whole.
 
     Returns:
         [T] float32, 0 at equality. The caller divides by the tokens of the whole step.

@@ -1,1 +1,1 @@
-"""What a model attends to: samples of a pass each by itself, nothing ahead, capped where its config says so."""
+"""What a model attends to: each sample of a pass by itself, nothing ahead, capped if configured."""

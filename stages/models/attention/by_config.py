@@ -1,4 +1,6 @@
-"""What a config says of a model's attention before any weight is read: its heads, and whether queries and keys make it.
+"""What a config says of a model's attention before any weight is read.
+
+It says what heads there are, and whether queries and keys make the attention.
 
 No torch: the plan asks. What a config does not say, `recorded.py` asks the model itself.
 """
@@ -15,8 +17,8 @@ SINKS = frozenset(
 )
 """Model types whose attention has a score of its own for nothing."""
 BIASES = frozenset(
-    "bloom cpmant deberta deberta-v2 longt5 mpnet mpt mt5 pop2piano switch_transformers t5 udop umt5 "
-    "xlnet".split()
+    "bloom cpmant deberta deberta-v2 longt5 mpnet mpt mt5 pop2piano switch_transformers t5 udop "
+    "umt5 xlnet".split()
 )
 """Those whose scores have a bias that depends on the distance of two tokens."""
 
@@ -45,7 +47,8 @@ class AttentionFacts:
     causal: bool
     """A token sees nothing behind itself."""
     windows: tuple[int | None, ...] = ()
-    """Of each block: a token sees those less than this far away; None, or no such block here: however far."""
+    """Of each block: a token sees those less than this far away. None, or no such block here: it
+    sees all."""
 
     def window(self, block: int) -> int | None:
         """Of one block."""

@@ -1,4 +1,6 @@
-"""Attention scores that are capped: where a config asks for it, the model gets an attention that does it.
+"""Attention scores that are capped, where a config asks for it.
+
+The model gets an attention that does it.
 
     score = cap * tanh(q k / cap)        Gemma 2, VaultGemma
 

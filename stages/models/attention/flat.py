@@ -1,4 +1,6 @@
-"""Attention of samples that follow one another in a single row: each by itself, no mask, no padding.
+"""Attention of samples that follow one another in a single row.
+
+Each attends to itself alone, with no mask and no padding.
 
 transformers hands its models' queries, keys and values to a function by name. This one cuts them
 where a sample ends. On a GPU in bfloat16 it is the variable-length attention of torch
@@ -28,7 +30,10 @@ SHORT = (5, 7)
 
 
 def flat_inputs(edges: Tensor, longest: int) -> dict[str, Any]:
-    """What a model takes beside ids and positions [1, T]: `edges` [S + 1] int32 of S samples, tokens of the longest."""
+    """What a model takes beside ids and positions [1, T].
+
+    `edges` is [S + 1] int32 of S samples, `longest` the tokens of the longest.
+    """
     return {
         "cu_seq_lens_q": edges,
         "cu_seq_lens_k": edges,
@@ -38,7 +43,7 @@ def flat_inputs(edges: Tensor, longest: int) -> dict[str, Any]:
 
 
 def attend_apart(model: nn.Module, longest: int, dtype: torch.dtype) -> str | None:
-    """Let the model attend within samples of one row, if that is what it computes for each sample alone.
+    """Let the model attend within samples of one row, if it computes the same for each alone.
 
     Hidden states of two short samples around one of `longest` tokens are compared with those of
     each alone, by the model's own attention in float32; in bfloat16 they may be off by twice as
@@ -98,7 +103,10 @@ def _off(found: Tensor, right: Tensor) -> float:
 def _states(
     model: nn.Module, lengths: list[int], dtype: torch.dtype, *, flat: bool = False
 ) -> Tensor:
-    """Hidden states [1, T, D] of made-up samples; token n of a sample is the same whatever stands around it."""
+    """Hidden states [1, T, D] of made-up samples.
+
+    Token n of a sample is the same whatever stands around it.
+    """
     device = next(model.parameters()).device
     positions = torch.cat([torch.arange(n) for n in lengths]).to(device)[None]
     ids = (positions * 7 + 1) % split_head(model).vocab_size

@@ -1,4 +1,6 @@
-"""Whether a model sees the future: what its config says, and what it does when the last token changes.
+"""Whether a model sees the future: what its config says, and what the model does.
+
+The model is asked by changing the last token.
 
 What a causal language model says at a position is a function of the tokens up to it. One that reads
 ahead has seen the token that it is to predict: its soft targets would be worthless, and a student
@@ -24,10 +26,10 @@ CHANGES = (1, 2, 3)
 def check_causal(model: Any) -> None:
     """Refuse a language model whose logits at earlier positions move with the last token.
 
-    One code at one shape gives equal bits, whatever the values. Where experts compute for the tokens
-    that come to them, the last token changes their shapes, and so the last bits of others; and in
-    bfloat16 a last bit may choose another expert. So logits may move by a rounding, and only a model
-    that moves at each of several changes is refused.
+    One code at one shape gives equal bits, whatever the values. Where experts compute for the
+    tokens that come to them, the last token changes their shapes, and so the last bits of others;
+    and in bfloat16 a last bit may choose another expert. So logits may move by a rounding, and only
+    a model that moves at each of several changes is refused.
 
     Raises:
         UsageError: it sees the future.

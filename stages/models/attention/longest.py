@@ -1,4 +1,6 @@
-"""Models whose numbers for a text depend on the longest text of its pass: their texts never share one.
+"""Models whose numbers for a text depend on the longest text of its pass.
+
+Their texts never share one.
 
 Rotary embeddings of type `dynamic` and `longrope` choose their frequencies by the longest position
 of a pass. So a text that is short enough for the first frequencies gets others beside a longer one.
@@ -23,7 +25,10 @@ Read = Callable[[Sequence[int]], list[Tensor]]
 
 
 def changes_beyond(config: Any) -> int | None:
-    """Tokens beyond which the frequencies depend on the longest position of a pass; None: they never do."""
+    """Tokens beyond which the frequencies depend on the longest position of a pass.
+
+    None: they never do.
+    """
     text = config.get_text_config()
     rope = getattr(text, "rope_parameters", None) or {}
     # One for all layers, or one by name for each kind of layer.
@@ -59,10 +64,16 @@ def _forget(module: Any, _: Any) -> None:
 
 
 class Company:
-    """Which texts may share a pass of a model: all, unless it says of one something else beside others."""
+    """Which texts may share a pass of a model.
+
+    All may, unless the model says something else of one beside others.
+    """
 
     def __init__(self, model: Any, read: Read | None = None) -> None:
-        """`read`: what the model says; None: hidden states of a language model, padded at the end."""
+        """`read` gives what the model says.
+
+        None: it gives hidden states of a language model, padded at the end.
+        """
         self._model = model
         self._read = read or (lambda lengths: states_together(model, lengths))
         self._tolerance = 1e-4 if model.dtype == torch.float32 else 5e-2
@@ -73,7 +84,10 @@ class Company:
         """Why some texts share no pass, for messages."""
 
     def may_share(self, lengths: Iterable[int]) -> bool:
-        """Whether texts of these lengths may share a pass. Asks the model where it was not asked yet."""
+        """Whether texts of these lengths may share a pass.
+
+        The model is asked where it was not asked yet.
+        """
         shortest, longest = extremes(lengths)
         if shortest == longest:
             return True
@@ -91,14 +105,20 @@ class Company:
         return True
 
     def _same(self, shortest: int, longest: int) -> bool:
-        """Asked of the shortest, the longest and one in between: on both sides of whatever length counts."""
+        """Whether the shortest text, the longest and one in between are read the same together.
+
+        These are on both sides of whatever length counts.
+        """
         lengths = sorted({shortest, max(shortest, longest // 2), longest})
         try:
             with evaluating(self._model), torch.no_grad():
                 alone = [self._read([n])[0] for n in lengths]
                 together = self._read(lengths)
         except Exception as error:  # what cannot be read together is read alone
-            self.apart = f"texts of {shortest} and {longest} tokens could not be read together ({in_short(error)})"
+            self.apart = (
+                f"texts of {shortest} and {longest} tokens could not be read together "
+                f"({in_short(error)})"
+            )
             return False
         return all(
             _off(found, right) <= self._tolerance
@@ -113,7 +133,10 @@ def extremes(lengths: Iterable[int]) -> tuple[int, int]:
 
 
 def _off(found: Tensor, right: Tensor) -> float:
-    """Relative error of a position, the median: experts that are chosen by a last bit move a few of them."""
+    """Relative error of a position, the median.
+
+    Experts that are chosen by a last bit move a few positions.
+    """
     found, right = found.float(), right.float()
     errors: Tensor = (found - right).norm(dim=-1) / right.norm(dim=-1).clamp_min(1e-30)
     return float(errors.median())
@@ -125,7 +148,10 @@ def made_up(lengths: Sequence[int], vocab_size: int) -> list[Tensor]:
 
 
 def states_together(model: Any, lengths: Sequence[int]) -> list[Tensor]:
-    """Hidden states [n, D] of made-up texts in one pass, as teachers read them: padding at the end, masked."""
+    """Hidden states [n, D] of made-up texts in one pass, padded at the end and masked.
+
+    Teachers read texts so.
+    """
     texts = made_up(lengths, model.get_input_embeddings().num_embeddings)
     ids, mask = torch.zeros(2, len(texts), max(lengths), dtype=torch.long)
     for row, text in enumerate(texts):

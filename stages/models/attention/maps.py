@@ -1,7 +1,7 @@
 """Maps softmax(scale x y^T) over the tokens of a sample: attention, of queries and keys.
 
-Samples follow one another in a pass. Each is cut out, so none sees another and none is padded. Every
-token sees itself, so no row of a map is empty. All is float32.
+Samples follow one another in a pass. Each is cut out, so none sees another and none is padded.
+Every token sees itself, so no row of a map is empty. All is float32.
 
 Letters: A maps (heads), T tokens of a pass, t of a sample, d width.
 """
@@ -17,12 +17,15 @@ _UNSEEN = torch.finfo(torch.float32).min
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Scores:
-    """What maps are made of: row i of map a is the softmax over the tokens j that i sees of scale x_ai . y_aj."""
+    """What maps are made of: row i of map a is the softmax of scale x_ai . y_aj.
+
+    It is over the tokens j that i sees.
+    """
 
     x: Tensor
     """[A, T, d], of attention the queries."""
     y: Tensor
-    """[B, T, d], of attention the keys. B divides A: each serves A / B maps that follow one another."""
+    """[B, T, d], of attention the keys. B divides A: each serves A / B maps, one after another."""
     scale: float
     causal: bool = False
     """A token sees nothing behind itself."""
@@ -31,7 +34,10 @@ class Scores:
 
 
 def maps(scores: Scores, lengths: Sequence[int]) -> Iterator[Tensor]:
-    """The maps [A, t, t] of one sample after another, whole: to look at, or to compare with a model's own."""
+    """The maps [A, t, t] of one sample after another, whole.
+
+    They are to look at, or to compare with a model's own.
+    """
     for own in samples(scores, lengths):
         yield log_rows(own, 0, own.x.shape[1]).exp()
 
@@ -44,7 +50,10 @@ def samples(scores: Scores, lengths: Sequence[int]) -> Iterator[Scores]:
 
 
 def log_rows(own: Scores, start: int, stop: int) -> Tensor:
-    """Log-probabilities [A, stop - start, t] of rows of one sample's maps; -3.4e38, not -inf, of what is not seen."""
+    """Log-probabilities [A, stop - start, t] of rows of one sample's maps.
+
+    What is not seen has -3.4e38, not -inf.
+    """
     served, tokens, width = own.y.shape
     # Autocast would multiply in bfloat16.
     with torch.autocast(own.x.device.type, enabled=False):

@@ -1,9 +1,11 @@
-"""Queries, keys and values as a model multiplies them: after rotation, and after any norm of their own.
+"""Queries, keys and values as a model multiplies them.
 
-transformers' models hand them to a function by name. While `recording`, another one stands under the
-same name: it keeps them, and then calls what was there. So mask, dropout and kernel stay the model's
-own. (A name of its own would need a mask function of its own too: without one transformers makes
-no mask, and says nothing.) Gradients flow through what is kept.
+They are taken after rotation, and after any norm of their own.
+
+transformers' models hand them to a function by name. While `recording`, another one stands under
+the same name: it keeps them, and then calls what was there. So mask, dropout and kernel stay the
+model's own. (A name of its own would need a mask function of its own too: without one transformers
+makes no mask, and says nothing.) Gradients flow through what is kept.
 
 Attention can be rebuilt from queries and keys where it is softmax(scale q k^T) over the tokens that
 are seen, and nothing else. `attention_layers` asks the model itself, against its eager attention.
@@ -26,7 +28,8 @@ from .maps import Scores, maps
 TOKENS = 64
 """Of the text on which attention is rebuilt, or as many as the model reads."""
 ALLOWED = 1e-4
-"""Between numbers of two maps: scores of several hundred are rounded so in float32; those of a few to 1e-6."""
+"""Between numbers of two maps: scores of several hundred are rounded so in float32, those of a few
+to 1e-6."""
 BEYOND = {
     "s_aux": "attention sinks",
     "softcap": "soft-capped scores",
@@ -75,10 +78,11 @@ class Recorded:
 def recording(
     model: nn.Module, within: Collection[nn.Module] | None = None
 ) -> Iterator[dict[nn.Module, Recorded]]:
-    """What each attention layer multiplies first within the block, by layer, in the order of their passes.
+    """What each attention layer multiplies first within the block, by layer.
 
-    A layer that is computed again, for gradient checkpointing, is kept once. For one forward pass of a model
-    that `attention_layers` has accepted.
+    Layers are in the order of their passes. A layer that is computed again, for gradient
+    checkpointing, is kept once. It is for one forward pass of a model that `attention_layers` has
+    accepted.
 
     Args:
         model: Whose.
@@ -111,7 +115,8 @@ def attention_layers(model: nn.Module) -> list[nn.Module]:
     queries and keys in float32, on one text.
 
     Raises:
-        UsageError: an architecture whose attention is more than softmax(scale q k^T), by name and cause.
+        UsageError: an architecture whose attention is more than softmax(scale q k^T), by name and
+            cause.
     """
     plain = _plain(model)
     name = f"{plain.config.name_or_path or type(plain).__name__} ({plain.config.model_type})"
@@ -137,7 +142,10 @@ Compared = dict[nn.Module, tuple[str | None, float]]
 
 
 def _compared(plain: Any, name: str) -> Compared:
-    """Of each layer that attends by transformers' functions: what is beyond the softmax, and how far maps are off."""
+    """Of each layer that attends by transformers' functions: how far maps are off.
+
+    It also holds what there is beyond the softmax.
+    """
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     found: Compared = {}
@@ -186,7 +194,10 @@ def _beyond(asked: dict[str, Any]) -> str | None:
 
 
 def _off(recorded: Recorded, weights: Tensor | None) -> float:
-    """The largest difference between rebuilt maps and weights [1, H, T, T]; infinite where these are other maps."""
+    """The largest difference between rebuilt maps and weights [1, H, T, T].
+
+    It is infinite where these are other maps.
+    """
     tokens = recorded.queries.shape[2]
     every = torch.arange(tokens, device=recorded.queries.device)
     (rebuilt,) = maps(recorded.scores(every), [tokens])
@@ -204,6 +215,6 @@ _REMEDY = "Use other features (hidden, pooled), or a model whose attention is th
 
 def _refused(name: str, cause: str) -> UsageError:
     return UsageError(
-        f"{name}: its attention is not softmax(scale q k^T) alone: {cause}. Queries and keys would not "
-        f"say where it looks. {_REMEDY}"
+        f"{name}: its attention is not softmax(scale q k^T) alone: {cause}. Queries and keys would "
+        f"not say where it looks. {_REMEDY}"
     )

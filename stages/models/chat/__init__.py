@@ -1,1 +1,1 @@
-"""Conversations as text: a tokenizer's chat template, what it reads, and where the assistant's turns are."""
+"""Conversations as text: a tokenizer's chat template, and where the assistant's turns are."""

@@ -1,4 +1,7 @@
-"""What a chat template makes of its arguments: those that it never mentions, and words where it asks for yes or no."""
+"""What a chat template makes of its arguments.
+
+It finds those that the template never mentions, and words where it asks for yes or no.
+"""
 
 import difflib
 from collections.abc import Iterator, Mapping
@@ -76,7 +79,7 @@ def mentioned(template: str) -> frozenset[str]:
 
 @cache
 def _tested(template: str) -> frozenset[str]:
-    """The names whose truth a template tests, or that are true or false where they are not given."""
+    """The names whose truth a template tests, or that are true or false if they are not given."""
     tree = _parsed(template)
     return (
         frozenset(name for node in _conditions(tree) for name in _names(node))
@@ -96,7 +99,10 @@ def _conditions(tree: nodes.Template) -> Iterator[nodes.Node | None]:
 
 
 def _is_default(filtered: nodes.Filter) -> bool:
-    """Whether it is `default(true)` or `default(false)`: what it stands for is true or false too."""
+    """Whether it is `default(true)` or `default(false)`.
+
+    Then what it stands for is true or false too.
+    """
     given = filtered.args[0] if filtered.args else None
     return (
         filtered.name in _DEFAULT

@@ -23,7 +23,10 @@ _NAMING = ("role", "name")
 def bounded_at_once(
     template: ChatTemplate, chat: Chat, text: str, turns: list[int]
 ) -> dict[int, Chars]:
-    """Message -> its part of the text, for those turns that are proved so; the others are left to `Bounds`."""
+    """Message -> its part of the text, for those turns that are proved so.
+
+    The others are left to `Bounds`.
+    """
     try:
         header = _header(template, chat, turns[0])
         pieces, others = (_pieces(template, chat, turns, word) for word in _WORDS)
@@ -32,7 +35,7 @@ def bounded_at_once(
     if not header or not pieces or pieces != others:
         return {}
     found = zip(turns, pieces, _between(text, pieces), strict=False)
-    # A turn begins where the prompt ends; where more stands before the word, that may be the turn's.
+    # A turn begins where the prompt ends. What more stands before the word may be the turn's.
     return {
         number: (start, end)
         for number, before, (start, end) in found
@@ -48,7 +51,10 @@ def _header(template: ChatTemplate, chat: Chat, number: int) -> str:
 
 
 def _pieces(template: ChatTemplate, chat: Chat, turns: list[int], word: str) -> list[str]:
-    """The text between words that stand in place of turns; empty where one is not written as it is, once."""
+    """The text between words that stand in place of turns.
+
+    It is empty where a word is not written as it is, once.
+    """
     messages = [*chat.messages]
     for number in turns:
         named = {key: messages[number][key] for key in _NAMING if key in messages[number]}

@@ -1,4 +1,6 @@
-"""Where a turn of the assistant is in a rendering, in characters: between what stands before it and after it.
+"""Where a turn of the assistant is in a rendering, in characters.
+
+It is between what stands before it and after it.
 
 The conversation is rendered again with another word as the turn's content, and with a second one:
 
@@ -40,9 +42,9 @@ class Bounds:
         self._others: dict[int, str | None] = {}
 
     def find(self, number: int, *, exact: bool = True) -> Chars | None:
-        """Where a message of the assistant is, what it calls and thinks included; None: that cannot be told.
+        """Where a message of the assistant is, what it calls and thinks included.
 
-        `exact`: its content must be written as it is, once.
+        None: that cannot be told. With `exact` its content must be written as it is, once.
         """
         found = self._proved(number, exact)
         if found is None and (cut := self.cut(number)):
@@ -122,7 +124,10 @@ class Bounds:
     def _around(
         self, number: int, message: Message, *, field: str = "content", exact: bool = True
     ) -> _Around | None:
-        """What stands around a field of a message, whichever word it is; None: it is not written as it is."""
+        """What stands around a field of a message, whichever word it is.
+
+        None: the field is not written as it is.
+        """
         if field != "content" and not isinstance(message.get(field), str):
             return None
         a, b = (self._render(self._with(number, message | {field: word})) for word in _WORDS)

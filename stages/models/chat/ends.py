@@ -66,7 +66,7 @@ class Ends:
         return text[found[1] :] if found else ""
 
     def _goes_on(self, cut: Chat) -> bool:
-        """Whether nothing but the next header follows a closed conversation: no closing line is in it."""
+        """Whether only the next header follows a closed conversation: it has no closing line."""
         closed = self._render(cut)
         opened = self._render(Chat(cut.messages, cut.tools, open=True))
         return bool(closed) and opened.startswith(closed)

@@ -1,4 +1,7 @@
-"""Turns of the assistant that are not scored as they should be: counted by cause, the first one named."""
+"""Turns of the assistant that are not scored as they should be.
+
+They are counted by cause, and the first one is named.
+"""
 
 import json
 from collections import Counter
@@ -6,12 +9,12 @@ from collections import Counter
 from .template import Chat
 
 _SAID = {
-    "unbounded": "turns of the assistant are not scored: no rendering proves which part of the text "
-    "they are. Mark what the assistant writes with {% generation %} in the chat template",
+    "unbounded": "turns of the assistant are not scored: no rendering proves which part of the "
+    "text they are. Mark what the assistant writes with {% generation %} in the chat template",
     "unmarked": "turns of the assistant are not scored: the chat template marks others with "
     "{% generation %}, and not these",
-    "joined": "turns of the assistant are not scored: all their tokens are shared with another turn, "
-    "or nothing precedes them",
+    "joined": "turns of the assistant are not scored: all their tokens are shared with another "
+    "turn, or nothing precedes them",
     "endless": "turns of the assistant are scored without an end: the chat template shows none, so "
     "the student does not learn to stop there. Let it end turns with a special token",
 }

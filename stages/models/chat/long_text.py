@@ -1,4 +1,6 @@
-"""Texts of any length as token ids: a long one is tokenized in pieces, so that it takes the memory of one piece.
+"""Texts of any length as token ids.
+
+A long text is tokenized in pieces, so that it takes the memory of one piece.
 
 A tokenizer holds 100 to 200 bytes for each character that it reads at once. Pieces overlap, and are
 joined where both read the same tokens at the same characters, before the place and after it:
@@ -36,7 +38,11 @@ class _Piece(NamedTuple):
 
 
 def refuse_long(text: str, *, why: str) -> None:
-    """Raise RowError for a text that cannot be tokenized in pieces, and is too long to be read at once."""
+    """Refuse a text that is too long to be read at once and cannot be tokenized in pieces.
+
+    Raises:
+        RowError: it is one.
+    """
     if len(text) > WHOLE:
         raise RowError(
             "too_long", f"{len(text):,} characters; {WHOLE:,} are tokenized at once, and {why}"
@@ -44,7 +50,7 @@ def refuse_long(text: str, *, why: str) -> None:
 
 
 def in_pieces(tokenizer: Any, text: str) -> bool:
-    """Whether a text is tokenized in pieces, for which its tokens must be known by their characters.
+    """Whether a text is tokenized in pieces. Its tokens must be known by their characters then.
 
     Raises:
         RowError: it would have to be, and the tokenizer does not say where its tokens are.
@@ -90,7 +96,11 @@ def _read(tokenizer: Any, text: str, begin: int) -> _Piece:
 
 
 def _joined(piece: _Piece, following: _Piece, *, after: int) -> tuple[int, int] | None:
-    """The first token after a character that both have, with the same around it: its index in each."""
+    """The first token after a character that both have, with the same around it.
+
+    Returns:
+        Its index in each, or None.
+    """
     first = int(np.searchsorted(piece.starts, after))
     for here in range(max(first, _SAME), len(piece.ids) - _SAME + 1):
         there = int(np.searchsorted(following.starts, piece.starts[here]))

@@ -1,4 +1,7 @@
-"""Conversations as token ids, with the tokens of the assistant's turns; and what a run has to say of them."""
+"""Conversations as token ids, with the tokens of the assistant's turns.
+
+This module also gathers what a run has to say of them.
+"""
 
 from collections.abc import Mapping
 from typing import Any

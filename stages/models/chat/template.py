@@ -110,8 +110,8 @@ class ChatTemplate:
     def _readable(self, chat: Chat) -> Chat:
         """A conversation as this template can read it.
 
-        Parts of a text are joined by newlines where it knows no parts, as vLLM does. Where it cannot
-        read a message without a content, the content is an empty text.
+        Parts of a text are joined by newlines where it knows no parts, as vLLM does. Where it
+        cannot read a message without a content, the content is an empty text.
         """
         if not self._reads_parts:
             chat = _with_contents(chat, list, lambda parts: "\n".join(p["text"] for p in parts))
@@ -121,7 +121,7 @@ class ChatTemplate:
         return chat
 
     def _with_arguments(self, chat: Chat) -> Chat:
-        """Arguments of calls as objects, where this template would write JSON of their JSON or refuses it."""
+        """Arguments of calls as objects, where this template refuses JSON or writes JSON of it."""
         texts = [a for call in _functions(chat) if isinstance(a := call.get("arguments"), str)]
         if not texts:
             return chat

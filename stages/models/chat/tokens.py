@@ -17,7 +17,7 @@ class TurnTokens:
         found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=fast)
         self.ids: list[int] = list(found["input_ids"])
         """[T]"""
-        # [T, 2] the characters of each token; tokens inside one character all have that character's.
+        # [T, 2] the characters of each token. Tokens inside one character all have that one.
         self._chars = np.array(found["offset_mapping"], np.int64).reshape(-1, 2) if fast else None
         self.moved = 0
         """Turns that begin inside a token, so that a piece of what stands before is scored too."""
@@ -41,7 +41,7 @@ class TurnTokens:
     def _shared(self, end: int) -> int:
         """How many tokens the text up to a character has in common with the whole.
 
-        For tokenizers that do not say which characters a token is.
+        It is for tokenizers that do not say which characters a token is.
         """
         ids = self._tokenizer(self._text[:end], add_special_tokens=False)["input_ids"]
         return shared(ids, self.ids)

@@ -63,7 +63,7 @@ class Turns:
         before_last = number != assistant_turns(self._chat)[-1]
         if before_last and number in self._at_once:
             return Turn(*self._at_once[number], marked=False)
-        # Of the last turn the prompt is enough: what follows it is the answer, however it is written.
+        # Of the last turn the prompt is enough: all that follows is the answer, however written.
         last = number == len(self._chat.messages) - 1 and not self._chat.open
         found = self._bounds.find(number, exact=not last)
         return Turn(*found, marked=False) if found else None

@@ -1,4 +1,7 @@
-"""What a chat template leaves out: a message is refused, a field of messages is counted and said once."""
+"""What a chat template leaves out.
+
+A message is refused, a field of messages is counted and said once.
+"""
 
 from collections import Counter
 from dataclasses import replace

@@ -1,1 +1,4 @@
-"""What a model's small files say of whether it fits: its config, its tokenizer, the shapes of its weights. No torch."""
+"""What a model's small files say of whether it fits: config, tokenizer, shapes of weights.
+
+There is no torch here.
+"""

@@ -1,4 +1,6 @@
-"""A teacher's adapter, by its small files: its kind, whether it fits the base, and the classes that it brings.
+"""A teacher's adapter, by its small files.
+
+It has a kind, must fit the base, and may bring classes.
 
 A classifier's head is trained with the adapter and saved in it (PEFT's `modules_to_save`), often
 onto a base that never had one. What its classes are called is in neither file of PEFT's, so it is
@@ -32,7 +34,9 @@ _OUTPUTS = ("classifier", "score", "out_proj")
 
 
 def adapter_classes(config: Mapping[str, Any], adapter: Path) -> dict[str, Any]:
-    """Fields of a base's config that its adapter changes: of a classifier its class, and what its classes are called.
+    """Fields of a base's config that its adapter changes.
+
+    Of a classifier these are its class, and what its classes are called.
 
     Args:
         config: config.json of the base.
@@ -51,8 +55,8 @@ def adapter_classes(config: Mapping[str, Any], adapter: Path) -> dict[str, Any]:
         found = ", ".join(config.get("architectures") or ()) or "no architecture"
         raise UsageError(
             f"{FIELD}: nothing says what the classes of {adapter} are called ({rows or 'some'} of "
-            f"them; the teacher's config.json names {found}, and there is no config.json beside the "
-            "adapter). Save that of the model it was trained in: "
+            f"them; the teacher's config.json names {found}, and there is no config.json beside "
+            "the adapter). Save that of the model it was trained in: "
             f"model.config.save_pretrained({str(adapter)!r})."
         )
     if not fields:
@@ -80,7 +84,8 @@ def refuse_adapter(adapter: Path, base: Path, *, task: str, name: str) -> None:
         name: The teacher, as the recipe names it.
 
     Raises:
-        UsageError: it is of another task or kind, was made for another model, or its head is missing.
+        UsageError: it is of another task or kind, was made for another model, or its head is
+            missing.
     """
     about = read_json(adapter / ADAPTER_CONFIG, FIELD)
     head = TASKS[task].head
@@ -88,14 +93,15 @@ def refuse_adapter(adapter: Path, base: Path, *, task: str, name: str) -> None:
     if wanted is not None and found not in (None, wanted):
         raise UsageError(
             f"{FIELD}: {adapter} is an adapter for {found} (task_type in {ADAPTER_CONFIG}), and "
-            f"run.task {task} needs one for {wanted}. Name another, or set run.task to what it does."
+            f"run.task {task} needs one for {wanted}. Name another, or set run.task to what it "
+            "does."
         )
     if head != "classes":
         return
     if (kind := about.get("peft_type")) != "LORA":
         raise UsageError(
-            f"{FIELD}: {adapter} is of the kind {kind} (peft_type in {ADAPTER_CONFIG}), expected LORA. "
-            "Merge it into the teacher, and name the result as teacher.model."
+            f"{FIELD}: {adapter} is of the kind {kind} (peft_type in {ADAPTER_CONFIG}), expected "
+            "LORA. Merge it into the teacher, and name the result as teacher.model."
         )
     tensors = _tensors(adapter)
     if tensors:
@@ -105,13 +111,16 @@ def refuse_adapter(adapter: Path, base: Path, *, task: str, name: str) -> None:
         raise UsageError(
             f"{FIELD}: {adapter} has no classification head, and {name} has none either (its "
             "config.json names no class that ends in "
-            f"{_HEAD}). Train the adapter with task_type {_OF_CLASSES}, which saves the head with it "
-            "(modules_to_save)."
+            f"{_HEAD}). Train the adapter with task_type {_OF_CLASSES}, which saves the head with "
+            "it (modules_to_save)."
         )
 
 
 def _tensors(adapter: Path) -> dict[str, StoredTensor]:
-    """By the base's names for their modules; none of a pickled file, which has no header to read."""
+    """An adapter's tensors, by the base's names for their modules.
+
+    Of a pickled file there are none, since it has no header to read.
+    """
     found = stored_tensors(adapter, where=f"{FIELD}: {adapter}")
     return {name.removeprefix(PREFIX): tensor for name, tensor in found.items()}
 
@@ -134,7 +143,10 @@ def _head_rows(adapter: Path) -> int | None:
 
 
 def _named_beside(adapter: Path) -> dict[str, Any]:
-    """What a config.json beside an adapter says of classes; of two without names transformers leaves them out."""
+    """What a config.json beside an adapter says of classes.
+
+    transformers leaves out the names of two without any.
+    """
     path = adapter / "config.json"
     if not path.is_file():
         return {}
@@ -160,7 +172,7 @@ def _refuse_other_base(
 ) -> None:
     """Refuse LoRA on layers that the base has not, or has in another size."""
     there = stored_tensors(base, where=f"teacher.model: {name}")
-    # transformers joins and splits the weights of experts when it loads them: their names say little.
+    # transformers joins and splits weights of experts when it loads them: names say little.
     if not there or any("expert" in found for found in there):
         return
     for module, shape in _changed(tensors).items():
@@ -186,7 +198,10 @@ def _changed(tensors: Mapping[str, StoredTensor]) -> dict[str, tuple[int, int]]:
 
 
 def _weight_of(module: str, tensors: Mapping[str, StoredTensor]) -> tuple[int, ...] | None:
-    """Shape of a module's weight in files, which may lack the first word of its name, or have more of them."""
+    """Shape of a module's weight in files.
+
+    There a name may lack the module's first word, or have more words before it.
+    """
     for name in filter(None, (module, module.partition(".")[2])):
         for found, tensor in tensors.items():
             if f".{found}".endswith(f".{name}.weight"):

@@ -19,7 +19,9 @@ NO_LABEL = -1
 
 
 def class_names(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """Names of the classes of a model with this config.json, in the order of its logits; none if its head has none.
+    """Names of the classes of a model with this config.json, in the order of its logits.
+
+    They are empty if its head has none.
 
     transformers leaves out what is its default: two classes, LABEL_0 and LABEL_1.
     """
@@ -30,7 +32,7 @@ def class_names(config: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def head_over_classes(config: Mapping[str, Any]) -> str | None:
-    """Which of the heads over classes a model with this config.json has (`Task.head`); None: none of them."""
+    """Which of the heads over classes a model with this config.json has (`Task.head`), or None."""
     names = [str(name) for name in config.get("architectures") or ()]
     over_classes = [head for head in MODELS if HEADS[head].classes]
     fitting = (h for h in over_classes if any(n.endswith(MODELS[h].suffix) for n in names))
@@ -38,16 +40,19 @@ def head_over_classes(config: Mapping[str, Any]) -> str | None:
 
 
 def names_in(folder: Path, field: str = "teacher.model") -> tuple[str, ...]:
-    """`class_names` of the model in a folder, whose weights need not be there; `field`: of the recipe, for messages."""
+    """`class_names` of the model in a folder, whose weights need not be there.
+
+    `field` is the recipe's, for messages.
+    """
     return class_names(read_json(folder / "config.json", field))
 
 
 def label_index(value: Any, names: Sequence[str]) -> int | None:
-    """A record's gold label as the index of its class; None where it has none.
+    """A record's gold label as the index of its class, or None where it has none.
 
     Args:
-        value: An index, or a class's name; null, an empty cell or -1, under which data sets hide the
-            labels of their test splits: no label.
+        value: An index, or a class's name; null, an empty cell or -1, under which data sets hide
+            the labels of their test splits: no label.
         names: The teacher's classes.
 
     Raises:
@@ -85,7 +90,10 @@ def _as_index(value: Any, classes: int) -> int | None:
 
 
 def _whole(value: Any) -> int | None:
-    """The whole number that a cell holds, also as 1.0 or "1.0": a column with a gap is one of floats."""
+    """The whole number that a cell holds, also as 1.0 or "1.0".
+
+    A column with a gap is one of floats.
+    """
     try:
         number = float(value)
         return int(number) if number.is_integer() and not isinstance(value, bool) else None
@@ -124,7 +132,9 @@ def refuse_without_head(config: Mapping[str, Any], model: str, head: str) -> Non
 
 
 def refuse_other_head(recipe: Recipe, config: Mapping[str, Any]) -> None:
-    """Refuse a teacher without the trained classes that the task asks for; `config` as of `refuse_without_head`.
+    """Refuse a teacher without the trained classes that the task asks for.
+
+    `config` is as for `refuse_without_head`.
 
     Raises:
         UsageError: it has none, or some that are not softmax over two or more.
@@ -169,7 +179,10 @@ def refuse_other_classes(recipe: Recipe, folder: Path | None, names: Sequence[st
 
 
 def _refuse_other_kind(folder: Path, where: str, head: str) -> None:
-    """Refuse a student with trained classes of another kind: its head would be taken for one of this kind."""
+    """Refuse a student with trained classes of another kind.
+
+    Its head would be taken for one of this kind.
+    """
     has = head_over_classes(read_json(folder / "config.json", "student.model"))
     if has not in (None, head):
         raise UsageError(

@@ -88,8 +88,8 @@ def loaded_config(config: Mapping[str, Any], *, where: str) -> Any:
         raise UsageError(f"{where}: its config.json names no model_type. Save the model again.")
     if not known:
         raise UsageError(
-            f"{where}: its config.json names model_type {kind!r}, which transformers {version()} does "
-            "not know. Use another model, or a transformers that knows it."
+            f"{where}: its config.json names model_type {kind!r}, which transformers {version()} "
+            "does not know. Use another model, or a transformers that knows it."
         )
     what = f"{where}: transformers {version()} does not read its config.json as {kind}"
     with answered(what, "Save the model again."):
@@ -98,7 +98,9 @@ def loaded_config(config: Mapping[str, Any], *, where: str) -> Any:
 
 
 def usable_positions(config: Any) -> int | None:
-    """Tokens of the longest text that has a position for each; None where the architecture sets no limit.
+    """Tokens of the longest text that has a position for each.
+
+    None: the architecture sets no limit.
 
     Args:
         config: Of text, as transformers loads it.
@@ -113,7 +115,9 @@ def usable_positions(config: Any) -> int | None:
 
 
 def blocks_of(config: Any) -> int:
-    """Blocks that a text goes through, one after another; 0 where it has an encoder and a decoder, or none.
+    """Blocks that a text goes through, one after another.
+
+    It is 0 where there are an encoder and a decoder, or no blocks.
 
     Args:
         config: Of text, as transformers loads it.

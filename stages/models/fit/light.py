@@ -1,4 +1,7 @@
-"""transformers without torch: its config classes and its tables of names, for a plan that answers at once."""
+"""transformers without torch: its config classes and its tables of names.
+
+So a plan answers at once.
+"""
 
 import logging
 import sys
@@ -50,12 +53,18 @@ def config_classes() -> Any:
 
 
 def knows(kind: Any) -> bool:
-    """Whether transformers has a config class of this model type; a file may hold anything there."""
+    """Whether transformers has a config class of this model type.
+
+    A file may hold anything in its place.
+    """
     return isinstance(kind, str) and kind in config_classes()
 
 
 def class_names_of(use: str) -> dict[str, str | tuple[str, ...]]:
-    """Model type -> names of its classes for a use, as `CAUSAL_LM`; none where transformers knows no such use."""
+    """Model type -> names of its classes for a use, as `CAUSAL_LM`.
+
+    It is empty where transformers knows no such use.
+    """
     tables = import_module("transformers.models.auto.modeling_auto")
     return dict(getattr(tables, f"MODEL_FOR_{use}_MAPPING_NAMES", {}))
 

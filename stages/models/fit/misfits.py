@@ -71,13 +71,14 @@ def _refuse_unmasked(raw: Mapping[str, Any], where: str, *, suffix: str) -> None
     named = [str(name) for name in raw.get("architectures") or ()]
     if named and not any(name.endswith((suffix, *_WITH_MORE_HEADS)) for name in named):
         raise UsageError(
-            f"{where} has no head that guesses hidden tokens (config.json names {', '.join(named)}, expected "
-            f"one that ends in {suffix}). Use a model that was trained with it, and saved whole."
+            f"{where} has no head that guesses hidden tokens (config.json names "
+            f"{', '.join(named)}, expected one that ends in {suffix}). Use a model that was "
+            "trained with it, and saved whole."
         )
     if raw.get("is_decoder"):
         raise UsageError(
-            f"{where} sees no later token (is_decoder: true in its config.json), so it cannot guess what is "
-            "hidden from both sides. Use a masked language model."
+            f"{where} sees no later token (is_decoder: true in its config.json), so it cannot "
+            "guess what is hidden from both sides. Use a masked language model."
         )
 
 
@@ -112,7 +113,9 @@ def refuse_ids_without_row(folder: Path, rows: int, *, where: str) -> None:
 
 
 def refuse_special_without_row(ids: Iterable[tuple[str, int]], rows: int, *, where: str) -> None:
-    """Refuse special tokens with ids beyond the table of token embeddings; `ids`: what each is, and the id.
+    """Refuse special tokens with ids beyond the table of token embeddings.
+
+    `ids` has what each token is, and its id.
 
     Raises:
         UsageError: one has an id of `rows` or more.
@@ -134,8 +137,8 @@ def refuse_token_without_row(folder: Path, rows: int, *, where: str, action: str
     highest = highest_id(folder, where, of_text=True)
     if highest is not None and 0 < rows <= highest:
         raise UsageError(
-            f"{where}: the tokenizer has ids up to {highest}, but the table of token embeddings has "
-            f"{rows} rows (vocab_size), for ids 0 to {rows - 1}. {action}"
+            f"{where}: the tokenizer has ids up to {highest}, but the table of token embeddings "
+            f"has {rows} rows (vocab_size), for ids 0 to {rows - 1}. {action}"
         )
 
 
@@ -158,7 +161,10 @@ def _listed(value: Any) -> list[int]:
 
 
 def _refuse_other_rows(folder: Path, rows: int, *, where: str) -> None:
-    """Refuse a config that asks for another table of embeddings than the weights have: no library loads the two."""
+    """Refuse a config that asks for another table of embeddings than the weights have.
+
+    No library loads the two together.
+    """
     for name, tensor in stored_tensors(folder, where=where).items():
         if rows and name.endswith(_EMBEDDINGS) and tensor.shape[:1] != (rows,):
             raise UsageError(

@@ -1,4 +1,6 @@
-"""Code that a model's folder brings along (`auto_map`): which files it is, and what the config says without it.
+"""Code that a model's folder brings along (`auto_map`).
+
+It finds which files that is, and what the config says without it.
 
 It is run for a teacher alone, and only where the recipe says so. Nothing here runs it.
 """
@@ -13,8 +15,8 @@ from .light import knows
 from .uses import has_own_code
 
 NEVER_RUN = (
-    "which is run for a teacher alone, where its recipe says teacher.trust_remote_code: true. Use a "
-    "model whose class transformers has"
+    "which is run for a teacher alone, where its recipe says teacher.trust_remote_code: true. Use "
+    "a model whose class transformers has"
 )
 _LENGTHS = (
     "max_position_embeddings max_seq_len max_sequence_length seq_length n_positions n_ctx".split()
@@ -25,7 +27,10 @@ _GENERATES = "custom_generate/generate.py"
 
 
 def asks_for_code(raw: Mapping[str, Any]) -> bool:
-    """Whether transformers loads this model by code of the folder alone; to be called inside `light_transformers`."""
+    """Whether transformers loads this model by code of the folder alone.
+
+    It is to be called inside `light_transformers`.
+    """
     unknown = not knows(raw.get("model_type")) and bool(raw.get("auto_map"))
     return unknown or has_own_code(raw)
 
@@ -51,19 +56,19 @@ def code_files(folder: Path, raw: Mapping[str, Any], *, where: str) -> list[Path
     foreign = [str(name) for name in named.values() if "--" in str(name)]
     if foreign:
         raise UsageError(
-            f"{where}: its config.json asks for code of another repository ({foreign[0]}), which its "
-            "identity would not cover. Copy that code into the folder, and take what stands before "
-            "-- out of auto_map."
+            f"{where}: its config.json asks for code of another repository ({foreign[0]}), which "
+            "its identity would not cover. Copy that code into the folder, and take what stands "
+            "before -- out of auto_map."
         )
     if (folder / _GENERATES).exists():
         raise UsageError(
-            f"{where}: brings its own way of writing text ({_GENERATES}), which would write otherwise "
-            "than the recipe says. Remove that file from the folder."
+            f"{where}: brings its own way of writing text ({_GENERATES}), which would write "
+            "otherwise than the recipe says. Remove that file from the folder."
         )
     if "auto_map" in read_json(folder / "tokenizer_config.json", where, missing={}):
         raise UsageError(
-            f"{where}: its tokenizer_config.json asks for code of its own (auto_map), which an engine "
-            "may run with the model's. Take auto_map out of it."
+            f"{where}: its tokenizer_config.json asks for code of its own (auto_map), which an "
+            "engine may run with the model's. Take auto_map out of it."
         )
     files = sorted(folder.rglob("*.py"))
     if not files:
@@ -75,7 +80,9 @@ def code_files(folder: Path, raw: Mapping[str, Any], *, where: str) -> list[Path
 
 
 def said_of_text(raw: Mapping[str, Any], *, where: str) -> dict[str, Any]:
-    """What stands in a config.json: `vocab_size`; `context_tokens`, where a limit is named; `blocks` and `width`, or 0.
+    """What stands in a config.json: `vocab_size`, `context_tokens`, `blocks` and `width`.
+
+    `context_tokens` is None where no limit is named; `blocks` and `width` may be 0.
 
     Raises:
         UsageError: there is no vocabulary size.

@@ -1,4 +1,7 @@
-"""A model's processor, which says how an image becomes its input: what its file says, without torch."""
+"""A model's processor, which says how an image becomes its input.
+
+This is what its file says, without torch.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -26,14 +29,17 @@ def processor_config(folder: Path, field: str = "teacher.model") -> dict[str, An
         )
     if "auto_map" in found:
         raise UsageError(
-            f"{field}: {folder}/{PROCESSOR} asks for code of its own (auto_map), which is never run. "
-            "Use a model with a processor that transformers has."
+            f"{field}: {folder}/{PROCESSOR} asks for code of its own (auto_map), which is never "
+            "run. Use a model with a processor that transformers has."
         )
     return {name: value for name, value in found.items() if name not in _NOT_CONTENT}
 
 
 def processor_id(folder: Path) -> str:
-    """Name of what becomes of an image: the processor's config, and the channels that the model reads."""
+    """Name of what becomes of an image.
+
+    It is made of the processor's config and the channels that the model reads.
+    """
     return content_id("processor", config=processor_config(folder), channels=channels_of(folder))
 
 
@@ -46,14 +52,14 @@ def channels_of(folder: Path, field: str = "teacher.model") -> int:
     found = read_json(folder / "config.json", field).get("num_channels", 3)
     if found not in (1, 3):
         raise UsageError(
-            f"{field}: {folder} reads images of {found} channels (num_channels), expected 1 (grey) or "
-            "3 (red, green, blue). Use another model."
+            f"{field}: {folder} reads images of {found} channels (num_channels), expected 1 (grey) "
+            "or 3 (red, green, blue). Use another model."
         )
     return int(found)
 
 
 def side_of(folder: Path) -> int | None:
-    """Height and width of what comes out of the processor, where its file says one number for both."""
+    """Height and width of what the processor makes, where its file says one number for both."""
     config = processor_config(folder)
     size = (config.get("crop_size") if config.get("do_center_crop") else None) or config.get("size")
     if isinstance(size, int):
@@ -86,6 +92,6 @@ def refuse_other_channels(student: Path, teacher: Path) -> None:
     theirs, own = channels_of(teacher), channels_of(student, "student.model")
     if own != theirs:
         raise UsageError(
-            f"student.model: {student} reads images of {own} channels, the teacher's have {theirs}. "
-            "Choose a student with as many, or `student.config` for fresh weights."
+            f"student.model: {student} reads images of {own} channels, the teacher's have "
+            f"{theirs}. Choose a student with as many, or `student.config` for fresh weights."
         )

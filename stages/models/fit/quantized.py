@@ -1,8 +1,11 @@
-"""Models in fewer bits, by their small files: how one is quantised, and whether it can be loaded so here.
+"""Models in fewer bits, by their small files.
 
-A checkpoint names its method in config.json (`quantization_config`), and transformers believes it: where
-the weights are floats all the same it loads the float model for some methods, without an error. So the
-weights' headers are asked. Or a teacher is quantised while it is loaded (`teacher.quantize`).
+How one is quantised, and whether it can be loaded so here.
+
+A checkpoint names its method in config.json (`quantization_config`), and transformers believes it:
+where the weights are floats all the same it loads the float model for some methods, without an
+error. So the weights' headers are asked. Or a teacher is quantised while it is loaded
+(`teacher.quantize`).
 
 No torch: the plan asks too.
 """
@@ -18,8 +21,8 @@ from .tensors import stored_tensors
 
 WHILE_LOADING: dict[str, dict[str, Any]] = {
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
-    # Its usual threshold of 6 keeps whole columns of a pass in 16 bits that hold one large number: so
-    # what is said of a token would depend on those beside and behind it.
+    # Its usual threshold of 6 keeps whole columns of a pass in 16 bits that hold one large number:
+    # so what is said of a token would depend on those beside and behind it.
     "int8": {"load_in_8bit": True, "llm_int8_threshold": 0.0},
 }
 """`teacher.quantize` -> what bitsandbytes is told; part of the teacher's identity."""
@@ -44,7 +47,10 @@ _NOT_FEWER_BITS = frozenset("F64 F32 F16 BF16 I64 BOOL".split())
 
 
 def method_of(config: Mapping[str, Any]) -> str | None:
-    """The method that a config.json names, as transformers reads it; None: it names no quantisation."""
+    """The method that a config.json names, as transformers reads it.
+
+    None: it names no quantisation.
+    """
     found = config.get("quantization_config")
     if not found:
         return None
@@ -55,7 +61,10 @@ def method_of(config: Mapping[str, Any]) -> str | None:
 
 
 def by_bitsandbytes(parts: Mapping[str, Any]) -> bool:
-    """Whether bitsandbytes quantises a model while it is loaded, or has before, by the parts of its identity."""
+    """Whether bitsandbytes quantises a model while it is loaded, or has before.
+
+    The parts of its identity say so.
+    """
     return "quantization" in parts or method_of(parts.get("config") or {}) == _BITSANDBYTES
 
 
@@ -102,7 +111,8 @@ def _refuse_missing(method: str, what: str) -> None:
     if method not in _NEEDS:
         known = ", ".join(_NEEDS)
         raise UsageError(
-            f"{what} is not supported. Known are {known}. Name the model in one of these, or in floats."
+            f"{what} is not supported. Known are {known}. Name the model in one of these, or in "
+            "floats."
         )
     lacking = [pip for module, pip in _NEEDS[method].items() if not _installed(module)]
     if lacking:
@@ -122,8 +132,8 @@ def _refuse_floats(folder: Path, method: str, *, where: str) -> None:
     stored = {tensor.dtype for tensor in stored_tensors(folder, where=where).values()}
     if stored and stored <= _NOT_FEWER_BITS:
         raise UsageError(
-            f"{where} is not quantised: its config.json names {method} (quantization_config), and all of "
-            f"its weights are stored in {', '.join(sorted(stored))}. {REPAIR}"
+            f"{where} is not quantised: its config.json names {method} (quantization_config), and "
+            f"all of its weights are stored in {', '.join(sorted(stored))}. {REPAIR}"
         )
 
 

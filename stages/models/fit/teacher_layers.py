@@ -1,4 +1,7 @@
-"""Layers of a teacher that a student begins with: the config that has these alone, and teachers without any to copy."""
+"""Layers of a teacher that a student begins with.
+
+Here is the config that has these alone, and teachers without any to copy are refused.
+"""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -59,7 +62,9 @@ def refuse_other_architecture(whole: Any, teacher: Any, kind: Any) -> None:
 def of_layers(
     base: Mapping[str, Any], changes: Mapping[str, Any], layers: Sequence[int], *, count: str
 ) -> dict[str, Any]:
-    """The teacher's config with these layers alone: their number, and the entries of each list that has one per layer.
+    """The teacher's config with these layers alone.
+
+    That is their number, and their entries of each list that has one per layer.
 
     Args:
         base: The teacher's config.

@@ -1,4 +1,7 @@
-"""What a model's weight files say of their tensors, read from their headers: types and shapes, by name."""
+"""What a model's weight files say of their tensors: types and shapes, by name.
+
+It is read from their headers.
+"""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -28,7 +31,9 @@ def tensor_files(folder: Path) -> list[Path]:
 
 
 def refuse_elsewhere(folder: Path, *, where: str) -> None:
-    """Refuse a model that has weights read which are no files of its folder: its identity would not cover them.
+    """Refuse a model whose weights are read from files outside its folder.
+
+    Its identity would not cover them.
 
     Args:
         folder: Of a model or an adapter.

@@ -43,7 +43,7 @@ def _vocabulary(folder: Path, field: str, content: dict[str, Any]) -> set[int]:
 def _added(
     folder: Path, field: str, content: dict[str, Any], config: dict[str, Any]
 ) -> dict[int, str]:
-    """Id -> text of the tokens that were added to the vocabulary, wherever they are written down."""
+    """Id -> text of the tokens that were added to the vocabulary, wherever they are written."""
     listed = read_json(folder / "added_tokens.json", field, missing={})
     decoder = config.get("added_tokens_decoder") or {}
     return (

@@ -1,6 +1,6 @@
 """What kind of model a config describes, by transformers' tables, and whether it sees the future.
 
-To be called inside `light_transformers`, as the tables are asked.
+It is called inside `light_transformers`, as the tables are asked.
 """
 
 from collections.abc import Mapping
@@ -74,7 +74,7 @@ def reads_one_way(config: Any) -> bool:
 
 
 def has_own_code(raw: Mapping[str, Any]) -> bool:
-    """Whether a folder brings the class of its model along, and transformers has none of that name."""
+    """Whether a folder brings the class of its model, and transformers has none of that name."""
     brought = raw.get("auto_map") or {}
     if not any(str(name).startswith("AutoModel") for name in brought):
         return False
@@ -118,7 +118,9 @@ def _as_set(names: str | tuple[str, ...]) -> set[str]:
 
 
 def reads_ahead(config: Any) -> str | None:
-    """The field of a config that makes its model see the future, as `name: value`; None: none is known to.
+    """The field of a config that makes its model see the future, as `name: value`.
+
+    None: no field is known to.
 
     Args:
         config: Of transformers, or anything with its attributes. No weights, no torch.
@@ -140,7 +142,7 @@ def reads_ahead(config: Any) -> str | None:
 def refusal(name: str, found: str) -> str:
     """What is said of a model that sees the future, and what shows it."""
     return (
-        f"{name}: sees the future ({found}), expected a causal language model, whose answer depends "
-        "on the tokens so far alone. Use another model, or a config that makes this one causal if "
-        "it was trained so."
+        f"{name}: sees the future ({found}), expected a causal language model, whose answer "
+        "depends on the tokens so far alone. Use another model, or a config that makes this one "
+        "causal if it was trained so."
     )

@@ -1,1 +1,1 @@
-"""What a model reads: the text of tokens, prompts as tokens, whether a text fits, what becomes of an image."""
+"""What a model reads: the text of tokens, prompts as tokens, what fits, what images become."""

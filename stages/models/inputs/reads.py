@@ -8,7 +8,9 @@ from ..fit.parts import text_config
 
 
 def check_ids(highest: int, vocab_size: int, what: str, *, where: str = "") -> None:
-    """Refuse a text with an id that the student does not have, before an embedding does so in its own words.
+    """Refuse a text with an id that the student does not have.
+
+    An embedding would refuse it in its own words.
 
     Args:
         highest: The highest id of the text.

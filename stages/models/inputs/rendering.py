@@ -1,4 +1,7 @@
-"""From a prompts row to token ids: the chat template, special tokens, given answers and windows of long text."""
+"""From a prompts row to token ids.
+
+It is about chat template, special tokens, given answers and windows of long text.
+"""
 
 from collections.abc import Sequence
 from contextlib import suppress
@@ -18,8 +21,8 @@ from ..chat.renderer import ChatRenderer, Ids, no_spans
 from ..fit.files import read_json
 
 _OWN_CODE = (
-    "Its tokenizer_config.json asks for code of its own (auto_map), which is never run: save it as a "
-    "tokenizer that transformers has."
+    "Its tokenizer_config.json asks for code of its own (auto_map), which is never run: save it as "
+    "a tokenizer that transformers has."
 )
 
 
@@ -69,7 +72,9 @@ class Renderer:
         return ids, spans
 
     def given(self, row: dict[str, Any], *, last: bool, ended: bool = True) -> Ids:
-        """Token ids of a row that brings its answer, rendered and tokenized as a whole; and what is scored of them.
+        """Token ids of a row that brings its answer, and what is scored of them.
+
+        It is rendered and tokenized as a whole.
 
         Args:
             row: A row of `prompts`.
@@ -85,7 +90,9 @@ class Renderer:
         return self._continued(row["text"], row["completion"], ended=ended)
 
     def _continued(self, text: str, completion: str, *, ended: bool) -> Ids:
-        """A text and its completion, closed by the end-of-sequence token: else a student never learns to stop.
+        """A text and its completion, closed by the end-of-sequence token.
+
+        Without it a student never learns to stop.
 
         They are one text to the tokenizer, as they were to whoever wrote it. Where its tokens do
         not end where the prompt does, the completion begins after the last token that both share.
@@ -101,7 +108,7 @@ class Renderer:
         return ids, span_after(start, len(ids))
 
     def shortened(self, row: dict[str, Any], given: Ids, most: int) -> Ids:
-        """A row that brings its answer, without its end: `most` tokens, and the spans as far as these reach.
+        """A row that brings its answer, without its end: `most` tokens and the spans in them.
 
         What the tokenizer itself puts at the end stays, and is not scored: a student must not learn
         to stop where a text was cut. What a template, or the stage, closes an answer with goes.
@@ -118,7 +125,10 @@ class Renderer:
 
     @cached_property
     def _around(self) -> tuple[list[int], list[int]]:
-        """What the tokenizer puts before any text and after it: <s> and </s>, [CLS] and [SEP], or nothing."""
+        """What the tokenizer puts before any text and after it.
+
+        That is <s> and </s>, [CLS] and [SEP], or nothing.
+        """
         said, text = self._some_text()
         ids = list(self.tokenizer(said)["input_ids"])
         starts = range(len(ids) - len(text) + 1)
@@ -126,7 +136,9 @@ class Renderer:
         return ids[:start], ids[start + len(text) :]
 
     def _some_text(self) -> tuple[str, list[int]]:
-        """A text that the tokenizer reads, and its ids: without an unknown token it may have none for `a`.
+        """A text that the tokenizer reads, and its ids.
+
+        A tokenizer without an unknown token may have none for `a`.
 
         Raises:
             UsageError: there is none.
@@ -138,8 +150,8 @@ class Renderer:
                 if ids := list(self.tokenizer(text, add_special_tokens=False)["input_ids"]):
                     return text, ids
         raise UsageError(
-            f"{self.tokenizer.name_or_path}: the tokenizer reads none of its own tokens, and has no "
-            "unknown token. Save the model again."
+            f"{self.tokenizer.name_or_path}: the tokenizer reads none of its own tokens, and has "
+            "no unknown token. Save the model again."
         )
 
     def _text_of(self, token_id: int) -> str:
@@ -151,15 +163,15 @@ class Renderer:
         said = self._chat.notes() if "_chat" in self.__dict__ else []
         if self._moved:
             said.append(
-                f"{self._moved} completions begin inside a token of prompt and completion, which is "
-                "scored as a whole"
+                f"{self._moved} completions begin inside a token of prompt and completion, which "
+                "is scored as a whole"
             )
         return said
 
     def labelled_ids(
         self, text: str, text_pair: str | None, *, most: int | None = None
     ) -> tuple[list[int], int]:
-        """A text or a pair, joined as the tokenizer does it for a model that classifies; and how many tokens were cut.
+        """A text or a pair, joined as the tokenizer joins them, and how many tokens were cut.
 
         Args:
             text: The text.
@@ -186,7 +198,9 @@ class Renderer:
         return ids.tolist(), whole - len(ids)
 
     def word_ids(self, words: Sequence[str]) -> tuple[list[int], np.ndarray]:
-        """Token ids of a text that comes as words, with the special tokens; and the number of each token's word.
+        """Token ids of a text that comes as words, and the number of each token's word.
+
+        Special tokens are among them.
 
         That number is -1 for a special token.
 
@@ -197,9 +211,10 @@ class Renderer:
         refuse_long(" ".join(words), why="a text whose words are classified is read whole")
         if not self.tokenizer.is_fast:
             raise UsageError(
-                f"data.format: the tokenizer ({type(self.tokenizer).__name__}) is a slow one, which does "
-                "not say which word a token is of. Use a model with a tokenizer.json, or make one: "
-                "AutoTokenizer.from_pretrained(...) and save_pretrained, where transformers can convert it."
+                f"data.format: the tokenizer ({type(self.tokenizer).__name__}) is a slow one, "
+                "which does not say which word a token is of. Use a model with a tokenizer.json, "
+                "or make one: AutoTokenizer.from_pretrained(...) and save_pretrained, where "
+                "transformers can convert it."
             )
         try:
             found = self.tokenizer(list(words), is_split_into_words=True)
@@ -233,7 +248,9 @@ class Renderer:
         return cut(self._encode(text), window_tokens)
 
     def whole_windows(self, text: str, window_tokens: int) -> list[np.ndarray]:
-        """A document cut into windows that have no token in common, each with the special tokens of a text of its own.
+        """A document cut into windows that share no token.
+
+        Each has the special tokens of a text of its own.
 
         Raises:
             RowError: the tokenizer fails on it.
@@ -279,7 +296,9 @@ class Renderer:
 
 
 def segments(token_ids: np.ndarray, separator: int | None) -> np.ndarray:
-    """[T] int64 which text of a pair a token belongs to, as BERT counts: 1 from after the first separator on, else 0.
+    """[T] int64 which text of a pair a token belongs to, as BERT counts.
+
+    It is 1 from after the first separator on, else 0.
 
     So a pair's segments need not be stored: its tokens show them, which `labelled_ids` makes sure
     of.
@@ -290,6 +309,9 @@ def segments(token_ids: np.ndarray, separator: int | None) -> np.ndarray:
 
 
 def cut(ids: np.ndarray, window_tokens: int) -> list[np.ndarray]:
-    """Windows of at most `window_tokens` ids that overlap by one; a text of fewer than two tokens has none."""
+    """Windows of at most `window_tokens` ids that overlap by one.
+
+    A text of fewer than two tokens has none.
+    """
     step = window_tokens - 1
     return [ids[start : start + window_tokens] for start in range(0, max(len(ids) - 1, 0), step)]

@@ -1,4 +1,6 @@
-"""Whether two tokenizers are one: the same ids for the same text, so that one model's targets mean the same to another.
+"""Whether two tokenizers are one: the same ids for the same text.
+
+Then one model's targets mean the same to another.
 
 They are one when they map the same ids to the same tokens over the range of ids that both have, and
 split text the same way: normaliser, pre-tokeniser, merges (or scores) and the options that decide
@@ -38,7 +40,10 @@ def compare_tokenizers(a: Path, b: Path) -> str | None:
 
 
 def compare_specs(a: dict[str, Any], b: dict[str, Any]) -> str | None:
-    """The same for two parsed tokenizer.json files; the reason speaks of the first and the second."""
+    """The same for two parsed tokenizer.json files.
+
+    The reason speaks of the first and the second.
+    """
     one, two = a["model"], b["model"]
     kinds = one.get("type"), two.get("type")
     if kinds[0] != kinds[1]:
@@ -148,7 +153,7 @@ def _read(folder: Path) -> dict[str, Any]:
 
 
 def refuse_other_tokenizer(recipe: Recipe, student: Path, teacher: Path) -> None:
-    """Raise UsageError, with both names and the first difference, where a student reads other tokens.
+    """Raise UsageError, with both names and the first difference, if a student reads other tokens.
 
     Of a student that reads images: where it reads other channels.
     """

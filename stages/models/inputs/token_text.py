@@ -18,13 +18,17 @@ def stored_tokenizer(file: Path) -> Any:
         return Tokenizer.from_file(str(file)) if file.is_file() else None
     except Exception as error:  # the library raises nothing narrower
         raise IntegrityError(
-            f"{file}: not a tokenizer ({in_short(error)}). `stillroom verify` lists what is damaged "
-            "in a store, `stillroom repair` mends it; of a published folder take a new copy."
+            f"{file}: not a tokenizer ({in_short(error)}). `stillroom verify` lists what is "
+            "damaged in a store, `stillroom repair` mends it; of a published folder take a new "
+            "copy."
         ) from error
 
 
 class Pieces:
-    """Token ids as text, whatever the tokenizer's own alphabet (byte-level, SentencePiece, WordPiece, words)."""
+    """Token ids as text, whatever the tokenizer's own alphabet.
+
+    That may be byte-level, SentencePiece, WordPiece or words.
+    """
 
     def __init__(self, tokenizer: Any) -> None:
         """`tokenizer`: a `tokenizers.Tokenizer`; None: ids in brackets."""
@@ -37,7 +41,10 @@ class Pieces:
         return cls(stored_tokenizer(folder / "tokenizer.json"))
 
     def __getitem__(self, token: int) -> str:
-        """A token's text; bytes that are no character of their own are the replacement character."""
+        """A token's text.
+
+        Bytes that are no character of their own become the replacement character.
+        """
         if token not in self._known:
             self._known[token] = self._text(token)
         return self._known[token]

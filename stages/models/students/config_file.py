@@ -15,7 +15,7 @@ _FLAT = {
     "gpt_neox": ("rotary_emb_base", "rotary_pct"),
     "gpt_neox_japanese": ("rotary_emb_base", "rotary_pct"),
 }
-# The base frequencies where layers of two kinds have their own: (full attention, sliding attention).
+# The base frequencies where layers of two kinds have their own: (full, sliding attention).
 _BY_LAYER = {
     "gemma3_text": ("rope_theta", "rope_local_base_freq"),
     "gemma3n_text": ("rope_theta", "rope_local_base_freq"),
@@ -40,7 +40,9 @@ class NotInOlderWords(Exception):
 
 
 def with_older_words(config: dict[str, Any]) -> dict[str, Any]:
-    """What transformers 5 writes, with what 4.57 reads beside it; the parts of a composite model too.
+    """What transformers 5 writes, with what 4.57 reads beside it.
+
+    The parts of a composite model get it too.
 
     Raises:
         NotInOlderWords: layers differ in a way that 4.57 has no fields for.

@@ -1,4 +1,6 @@
-"""A student that begins with layers of its teacher (DistilBERT, TinyBERT): of the files only what is kept is read.
+"""A student that begins with layers of its teacher (DistilBERT, TinyBERT).
+
+Of the teacher's files only what is kept is read.
 
 Sanh et al. 2019, arXiv 1910.01108, section 3: initialize the student from the teacher by taking one
 layer out of two.
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def copied_from(recipe: Recipe) -> Path | None:
-    """The folder of the teacher's weights, of a student that begins with some of them; else None."""
+    """The folder of the teacher's weights, for a student that begins with some, or None."""
     if needed(recipe.student, "student").from_teacher_layers is None:
         return None
     teacher = recipe.teacher
@@ -94,7 +96,10 @@ def _same_list(prefix: str, layers: str) -> bool:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """The files that transformers reads: beside them a folder may hold the same weights by other names."""
+    """The files that transformers reads.
+
+    Beside them a folder may hold the same weights by other names.
+    """
     whole = folder / "model.safetensors"
     index = folder / f"{whole.name}.index.json"
     if whole.is_file() or not index.is_file():

@@ -1,9 +1,12 @@
-"""A student that is no model of transformers: what a function of the user's makes, as the stages know models.
+"""A student that is no model of transformers, as the stages know models.
+
+A function of the user's makes it.
 
 The function is called with keywords: `classes`, their number; of images `channels`, `height` and
-`width`; of texts `vocab_size` and `padding`, the id that fills rows up; and `student.args`. It returns a
-`torch.nn.Module` whose forward takes what transformers' classifiers take (`pixel_values`; or `input_ids`,
-`attention_mask` and, where the tokenizer makes them, `token_type_ids`) and returns logits [B, C].
+`width`; of texts `vocab_size` and `padding`, the id that fills rows up; and `student.args`. It
+returns a `torch.nn.Module` whose forward takes what transformers' classifiers take (`pixel_values`;
+or `input_ids`, `attention_mask` and, where the tokenizer makes them, `token_type_ids`) and returns
+logits [B, C].
 """
 
 import json
@@ -38,7 +41,10 @@ class FactoryStudent(nn.Module):
     def __init__(
         self, model: nn.Module, config: Any, told: dict[str, Any], files: dict[str, str]
     ) -> None:
-        """`told`: what the function was called with; `files`: hashes of what was run, as `factory_files` has them."""
+        """`told` is what the function was called with.
+
+        `files` has hashes of what was run, as `factory_files` has them.
+        """
         super().__init__()
         self.model, self.config, self.told, self.files = model, config, told, files
 
@@ -63,10 +69,11 @@ class FactoryStudent(nn.Module):
 
 
 def factory_student(recipe: Recipe, teacher_dir: Path, kind: ModelKind) -> FactoryStudent:
-    """What the recipe's function makes, in float32; draws follow from `torch`'s seed.
+    """What the recipe's function makes, in float32. Its draws follow from `torch`'s seed.
 
     Raises:
-        UsageError: there is no such function, it fails, or what it makes says nothing of the classes.
+        UsageError: there is no such function, it fails, or what it makes says nothing of the
+            classes.
     """
     student = needed(recipe.student, "student")
     path, name = factory_file(str(student.factory))
@@ -99,7 +106,10 @@ def _example(kind: ModelKind, student: FactoryStudent, teacher_dir: Path) -> dic
 
 
 def _module(path: Path, files: dict[str, str]) -> ModuleType:
-    """What a file is as a module; it is run for this, with its folder behind all others that Python looks in."""
+    """What a file is as a module.
+
+    It is run for this, with its folder behind all others that Python looks in.
+    """
     folder = path.parent.absolute()
     if str(folder) not in sys.path:
         sys.path.append(str(folder))  # for good: a forward pass may import, too
@@ -114,7 +124,10 @@ def _module(path: Path, files: dict[str, str]) -> ModuleType:
 
 
 def _of_folder(folder: Path) -> dict[str, str]:
-    """The modules that were imported from a folder that Python looks in, and their files' names from there."""
+    """The modules that were imported from a folder that Python looks in.
+
+    Each has the name of its file from there.
+    """
     there = {}
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None)
@@ -124,7 +137,9 @@ def _of_folder(folder: Path) -> dict[str, str]:
 
 
 def _check_neighbours(folder: Path, files: dict[str, str], *, before: Collection[str]) -> None:
-    """What was imported from the folder is what was hashed, and the other way round; `before`: modules of before.
+    """What was imported from the folder is what was hashed, and the other way round.
+
+    `before` has the modules that were imported before.
 
     Raises:
         ImportError: it is not.
@@ -133,15 +148,16 @@ def _check_neighbours(folder: Path, files: dict[str, str], *, before: Collection
     for name, file in imported.items():
         if file not in files and name not in before:
             raise ImportError(
-                f"it imports {file} by no import statement, so that file would be no part of who the "
-                f"student is. Write `import {name}`"
+                f"it imports {file} by no import statement, so that file would be no part of who "
+                f"the student is. Write `import {name}`"
             )
     for file in files:
         name = file.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
         if file.endswith(".py") and name in sys.modules and name not in imported:
             raise ImportError(
-                f"`import {name}` finds {getattr(sys.modules[name], '__file__', 'a part of Python')} before "
-                f"the file {file} beside it. Rename that file"
+                f"`import {name}` finds "
+                f"{getattr(sys.modules[name], '__file__', 'a part of Python')} before the file "
+                f"{file} beside it. Rename that file"
             )
 
 

@@ -1,4 +1,7 @@
-"""`student.factory`, a function in a local file that makes a student: which files that is. Nothing here runs them."""
+"""`student.factory`, a function in a local file that makes a student: which files that is.
+
+Nothing here runs them.
+"""
 
 import ast
 import hashlib
@@ -36,7 +39,9 @@ def factory_file(factory: str) -> tuple[Path, str]:
 
 
 def factory_files(student: Student) -> dict[str, str]:
-    """Hashes of the files that a factory is: its own first, then those beside it, by their names from its folder.
+    """Hashes of the files that a factory is, by their names from its folder.
+
+    Its own comes first, then those beside it.
 
     These are what import statements name, of it and of what it imports so, and what `args` name.
 
@@ -67,7 +72,10 @@ def factory_id(files: dict[str, str]) -> str:
 
 
 def files_of_module(folder: Path, name: str) -> Iterator[Path]:
-    """The files that Python runs for a module `a.b`, where it is one of this folder; the last part may be no module."""
+    """The files that Python runs for a module `a.b`, where it is one of this folder.
+
+    The last part may be no module.
+    """
     place = folder
     for part in name.split("."):
         place /= part
@@ -109,7 +117,9 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _refuse_absolute(value: str, file: str) -> None:
-    """Refuse a path of this machine, which would stand in the student's folder and be looked for wherever that goes.
+    """Refuse a path of this machine.
+
+    It would stand in the student's folder and be looked for wherever that goes.
 
     Raises:
         UsageError: it is one.
@@ -117,9 +127,9 @@ def _refuse_absolute(value: str, file: str) -> None:
     path = PurePath(value)
     if value.startswith("~/") or (path.is_absolute() and len(path.parts) > 1):
         raise UsageError(
-            f"student.args: {value!r} is a path of this machine, which would stand in the saved student. "
-            f"Put the file beside {file}, write its name from there, and let {file} open it as "
-            "Path(__file__).parent / name: its content is then part of who the student is."
+            f"student.args: {value!r} is a path of this machine, which would stand in the saved "
+            f"student. Put the file beside {file}, write its name from there, and let {file} open "
+            "it as Path(__file__).parent / name: its content is then part of who the student is."
         )
 
 

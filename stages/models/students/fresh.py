@@ -1,4 +1,7 @@
-"""The config of a student with fresh weights: the teacher's with changes, or that of another architecture."""
+"""The config of a student with fresh weights.
+
+It is the teacher's with changes, or that of another architecture.
+"""
 
 import difflib
 from collections.abc import Sequence
@@ -21,8 +24,8 @@ _FIELD = "student.config"
 _OF_THE_TOKENIZER = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
 
 
-# What models of images make of the number of their stages; and how the teacher's weights are quantised,
-# where a student's are floats.
+# What models of images make of the number of their stages; and how the teacher's weights are
+# quantised, where a student's are floats.
 _NOT_OF_A_STUDENT = ("out_features", "out_indices", "stage_names", "quantization_config")
 
 
@@ -33,7 +36,9 @@ def fresh_config(
     task: str,
     layers: Sequence[int] | None = None,
 ) -> Any:
-    """The config itself, as transformers has it; without torch, only inside `light_transformers`.
+    """The config itself, as transformers has it.
+
+    Without torch it is made only inside `light_transformers`.
 
     Args:
         teacher_dir: Folder with the teacher's config.json.
@@ -43,7 +48,8 @@ def fresh_config(
         layers: `student.from_teacher_layers`: the student has these of the teacher's.
 
     Raises:
-        UsageError: a field that there is not, a value that its class refuses, another kind of model.
+        UsageError: a field that there is not, a value that its class refuses, another kind of
+            model.
     """
     raw = read_json(teacher_dir / "config.json", "teacher.model")
     whole = loaded_config(raw, where=f"teacher.model: {teacher_dir}")
@@ -123,6 +129,6 @@ def _refuse_other_kind(config: Any, task: str) -> None:
     head = TASKS[task].head
     if head not in heads_of({}, config):
         raise UsageError(
-            f"{_FIELD}.model_type: {config.model_type} is {use_of({}, config)}, and run.task {task} "
-            f"distils another kind. Use {MODELS[head].words}."
+            f"{_FIELD}.model_type: {config.model_type} is {use_of({}, config)}, and run.task "
+            f"{task} distils another kind. Use {MODELS[head].words}."
         )

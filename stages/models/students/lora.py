@@ -16,8 +16,9 @@ from ....storage.errors import StillroomError, UsageError
 from ...recipe.sections import Lora
 from ..device import evaluating
 
-# Of the largest logit, in float32: W x + s B (A x) and (W + s B A) x differ by rounding alone, which
-# stays below 1e-4 through tens of layers; an update that is lost or counted twice is the update itself.
+# Of the largest logit, in float32: W x + s B (A x) and (W + s B A) x differ by rounding alone,
+# which stays below 1e-4 through tens of layers. An update that is lost or counted twice differs by
+# the update itself.
 _MERGED_TOLERANCE = 1e-3
 _TOKENS = 8
 """How many tokens the merged model is asked about."""
@@ -44,7 +45,7 @@ def with_lora(model: PreTrainedModel, lora: Lora, task: str) -> Any:
         lora_dropout=lora.dropout,
         target_modules=lora.target_modules,
         task_type=task,  # a new head over classes trains whole
-        # PEFT keeps adapters from a head over classes of texts by itself, and not from one of words.
+        # PEFT keeps adapters from a head over classes of texts by itself, not from one of words.
         exclude_modules=["classifier", "score"] if everywhere and task == "TOKEN_CLS" else None,
     )
     owners = _owners(model)
@@ -52,8 +53,8 @@ def with_lora(model: PreTrainedModel, lora: Lora, task: str) -> Any:
         adapted = get_peft_model(model, config)
     except (ValueError, TypeError) as error:  # TypeError: it names the head, which trains whole
         raise UsageError(
-            f"student.lora.target_modules: {lora.target_modules} does not fit the model ({error}). Name "
-            "modules below its head, or write all-linear."
+            f"student.lora.target_modules: {lora.target_modules} does not fit the model ({error}). "
+            "Name modules below its head, or write all-linear."
         ) from error
     _refuse_shared(adapted, owners, lora)
     return adapted
@@ -81,10 +82,11 @@ def merged_as_trained(model: Any) -> PreTrainedModel:
     largest = float(before.abs().max())
     if not apart <= _MERGED_TOLERANCE * largest:  # nor where it is no number
         raise StillroomError(
-            f"student.lora: with the adapter merged into the weights, the student's logits differ by up to "
-            f"{apart:.3g} (of {largest:.3g}) from those it was trained with, expected less than "
-            f"{_MERGED_TOLERANCE:g} of them. It was not saved; its checkpoint is kept. Name other "
-            "target_modules, or leave student.lora out: PEFT cannot merge this adapter here."
+            "student.lora: with the adapter merged into the weights, the student's logits differ "
+            f"by up to {apart:.3g} (of {largest:.3g}) from those it was trained with, expected "
+            f"less than {_MERGED_TOLERANCE:g} of them. It was not saved; its checkpoint is kept. "
+            "Name other target_modules, or leave student.lora out: PEFT cannot merge this adapter "
+            "here."
         )
     return plain
 
@@ -121,7 +123,10 @@ def _memory(tensor: Tensor) -> int:
 
 
 def _few_logits(model: Any) -> Tensor:
-    """Of one text, by transformers' own attention: that of the training wants to know where samples end."""
+    """Logits of one text, by transformers' own attention.
+
+    That of the training wants to know where samples end.
+    """
     plain = model.get_base_model() if hasattr(model, "get_base_model") else model
     vocab_size = plain.config.get_text_config().vocab_size
     ids = torch.arange(_TOKENS, device=next(model.parameters()).device) % vocab_size

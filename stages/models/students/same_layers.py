@@ -1,4 +1,6 @@
-"""Whether a student's layers are those of the teacher that it copies: both are built without memory, and compared.
+"""Whether a student's layers are those of the teacher that it copies.
+
+Both models are built without memory, and compared.
 
 Some architectures make a layer another one by where it stands (dense up to a layer, experts at
 every second one). Copied to another place its weights would be read as something else.
@@ -30,7 +32,9 @@ _OWN_PLACE = ("layer_idx", "layer_id", "layer_number", "layer_num", "block_id", 
 
 
 def refuse_other_layers(recipe: Recipe, teacher_dir: Path) -> None:
-    """Refuse layers that would be others in the student, in a process of its own where torch is not loaded.
+    """Refuse layers that would be others in the student.
+
+    A process of its own compares them where torch is not loaded.
 
     Args:
         recipe: Its student names layers of the teacher.
@@ -54,7 +58,7 @@ def refuse_other_layers(recipe: Recipe, teacher_dir: Path) -> None:
 
 
 def layers_alike(recipe: Recipe, teacher_dir: Path) -> tuple[Any, str]:
-    """The student's config, and the name of the list of layers in the models of teacher and student.
+    """The student's config, and the name of the list of layers in the models of both.
 
     Raises:
         UsageError: a layer would be another in the student, or they are no list of layers.
@@ -118,7 +122,10 @@ def _outside(model: "nn.Module", layers: str) -> Iterator[tuple[str, "nn.Module"
 
 
 def _facts(modules: Iterable[tuple[str, "nn.Module"]]) -> dict[str, Any]:
-    """Classes, shapes and plain attributes, by name; where a layer stands, and what only training has, are left out."""
+    """Classes, shapes and plain attributes, by name.
+
+    Where a layer stands, and what only training has, are left out.
+    """
     found: dict[str, Any] = {}
     for name, module in modules:
         prefix = f"{name}." if name else ""

@@ -1,4 +1,6 @@
-"""The plain model folder that a student ends up in: what was trained, and what it began as, in files that others read.
+"""The plain model folder that a student ends up in, in files that others read.
+
+It holds what was trained, and what the student began as.
 
 Weights come from the training, in the numbers that the base was stored in. Tokenizer and generation
 config are the base's own files. What reads the folder later (evaluate, too) reads these.
@@ -50,7 +52,9 @@ class Saved:
 def save_student(
     model: Any, recipe: Recipe, *, teacher_dir: Path, folder: Path, adapter: Path | None = None
 ) -> Saved:
-    """Write a plain model folder that transformers and vLLM load; LoRA is merged into the weights for good.
+    """Write a plain model folder that transformers and vLLM load.
+
+    LoRA is merged into the weights for good.
 
     Args:
         model: The student as it was trained.
@@ -142,7 +146,10 @@ def _put_model(plain: PreTrainedModel, part: Path, *, base: Path, dtype: str) ->
 
 
 def _put_generation(path: Path, own: GenerationConfig, base: Path) -> None:
-    """The base's file as it is: what it says of sampling is its maker's, whatever a check says of it."""
+    """Copy the base's file as it is.
+
+    What it says of sampling is its maker's, whatever a check says of it.
+    """
     if base.is_file():
         shutil.copyfile(base, path)
     else:
@@ -150,7 +157,10 @@ def _put_generation(path: Path, own: GenerationConfig, base: Path) -> None:
 
 
 def _mend_config(path: Path, dtype: str) -> list[str]:
-    """What transformers wrote, for 4.57 too; without this machine's folders; what could not be done."""
+    """Make a config readable for transformers 4.57 too, without this machine's folders.
+
+    What could not be done is returned.
+    """
     saved = _without(json.loads(path.read_text("utf-8")), "_name_or_path")
     written = _in_dtype(_without(saved, "auto_map"), dtype)  # no student has code of its own
     _write(path, written)
@@ -168,7 +178,10 @@ def _mend_config(path: Path, dtype: str) -> list[str]:
 
 
 def _read(folder: Path) -> dict[str, Any]:
-    """A config as transformers 5 reads it; `type` is an older name for `rope_type`, kept beside it."""
+    """A config as transformers 5 reads it.
+
+    `type` is an older name for `rope_type`, kept beside it.
+    """
     config: dict[str, Any] = _without(
         AutoConfig.from_pretrained(folder, trust_remote_code=False).to_dict(), "type"
     )
@@ -188,7 +201,7 @@ def _in_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
 
 
 def _mend_adapter(part: Path, recipe: Recipe) -> None:
-    """Without PEFT's card and without a folder of this machine.
+    """Take PEFT's card and the folders of this machine out of a saved adapter.
 
     The initial model stays named if it is a Hub id. Of a folder not even the last part stays: it
     could be another model's name on the Hub, and PEFT would load that.
@@ -241,6 +254,6 @@ def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         return cast
     raise StillroomError(
         f"student.save_dtype: {name} has numbers up to {float(tensor.abs().max()):.3g}, more than "
-        f"{str(dtype).removeprefix('torch.')} holds. Set student.save_dtype to float32 or bfloat16, "
-        "and run again; its checkpoint is kept."
+        f"{str(dtype).removeprefix('torch.')} holds. Set student.save_dtype to float32 or "
+        "bfloat16, and run again; its checkpoint is kept."
     )

@@ -1,4 +1,6 @@
-"""What the files of an initial student say before it is loaded: its dtype, and where no adapter can go.
+"""What the files of an initial student say before it is loaded.
+
+They say its dtype, and where no adapter can go.
 
 No torch: the plan asks too.
 """
@@ -19,7 +21,7 @@ _FIELD = "student.model"
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _IN_A_LAYER = re.compile(r"\.\d+\.")
 _OUTPUT = "lm_head"
-"""The usual name of the output layer, whose weight is in no file where it is the input embedding."""
+"""The usual name of the output layer. Its weight is in no file where it is the input embedding."""
 
 
 def stored_dtype(folder: Path) -> str:
@@ -51,7 +53,7 @@ def refuse_lora(recipe: Recipe, folder: Path) -> None:
 
 def _refuse_absent(targets: list[str], tensors: dict[str, StoredTensor]) -> None:
     modules = {name.removesuffix(".weight") for name in tensors if name.endswith(".weight")}
-    # transformers joins and splits the weights of experts when it loads them: their names say little.
+    # transformers joins and splits weights of experts when it loads them: names say little.
     if not modules or any("expert" in name for name in tensors) or _OUTPUT in targets:
         return
     if any(f".{module}".endswith(f".{target}") for module in modules for target in targets):

@@ -1,4 +1,6 @@
-"""The student: an existing model, layers of the teacher or fresh weights, with its adapter, and its tokenizer.
+"""The student, with its adapter and its tokenizer.
+
+It is an existing model, layers of the teacher, or fresh weights.
 
 Weights are always float32 here; what a pass computes in is the training loop's choice.
 """
@@ -80,7 +82,9 @@ def load_student(recipe: Recipe, teacher_dir: Path, folder: Path) -> nn.Module:
 
 
 def student_tokenizer(recipe: Recipe, teacher_dir: Path) -> PreTrainedTokenizerBase | None:
-    """The student's tokenizer, with the teacher's chat template if the teacher has one; None: it reads images.
+    """The student's tokenizer, with the teacher's chat template if the teacher has one.
+
+    It is None where the student reads images.
 
     The template goes with the text: the student learns to answer prompts as the teacher's template
     writes them.
@@ -116,7 +120,10 @@ def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def student_folder(recipe: Recipe) -> Path | None:
-    """The folder of the model that the student begins as; None: it is made of the teacher's config."""
+    """The folder of the model that the student begins as.
+
+    It is None where the student is made of the teacher's config.
+    """
     student = needed(recipe.student, "student")
     if student.model is None:
         return None
@@ -124,7 +131,7 @@ def student_folder(recipe: Recipe) -> Path | None:
 
 
 def _made(recipe: Recipe, teacher_dir: Path, kind: ModelKind) -> PreTrainedModel:
-    """Of the teacher's config: with copies of its layers, or fresh weights."""
+    """A student made of the teacher's config, with copies of its layers or fresh weights."""
     weights = copied_from(recipe)
     if weights is None:
         model = _fresh(recipe, teacher_dir, kind)

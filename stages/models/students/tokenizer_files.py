@@ -1,4 +1,6 @@
-"""A tokenizer's files, as they were in the folder they came from; only the chat template may be another.
+"""A tokenizer's files, as they were in the folder they came from.
+
+Only the chat template may be another.
 
 Saving a loaded tokenizer writes other files than it was loaded from, and another class: what they
 say to transformers 4.57, vLLM or tokenizers is then no longer what the teacher's and the student's
@@ -49,7 +51,7 @@ def copy_tokenizer(source: Path, folder: Path, loaded: PreTrainedTokenizerBase) 
 
 
 def _readable(config: dict[str, Any]) -> dict[str, Any]:
-    """A tokenizer's config without this machine's folders, in words that transformers 4.57 knows as well."""
+    """A tokenizer's config without this machine's folders, as transformers 4.57 reads it too."""
     config = {name: value for name, value in config.items() if name not in _LEFT_OUT}
     if config.get("tokenizer_class") == "TokenizersBackend":  # one class, two names
         config["tokenizer_class"] = "PreTrainedTokenizerFast"

@@ -24,8 +24,8 @@ def check_captured(score: Score, task: str) -> list[tuple[str, str]]:
         errors.append((path, message))
     if not TASKS[task].labelled and any(asked.pooling == "cls" for asked in score.features):
         message = (
-            "pooling 'cls' is the state of the first token, which in a causal model sees no other. Use "
-            "'last' or 'mean'"
+            "pooling 'cls' is the state of the first token, which in a causal model sees no other. "
+            "Use 'last' or 'mean'"
         )
         errors.append((path, message))
     counts = Counter((f.kind, f.layer) for f in captured(score.features))
@@ -75,8 +75,8 @@ def _groups(loss: Loss) -> list[tuple[str, str]]:
     if len(groups) < 2:
         return []
     message = (
-        f"groups of {' and '.join(map(str, groups))} samples: a pass holds whole groups, of one size. "
-        "Give all entries the same `group`"
+        f"groups of {' and '.join(map(str, groups))} samples: a pass holds whole groups, of one "
+        "size. Give all entries the same `group`"
     )
     return [("loss.features", message)]
 

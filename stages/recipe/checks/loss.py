@@ -1,4 +1,7 @@
-"""Whether a loss can be had of what `score` stores: which divergence goes with which targets, tail and temperature."""
+"""Whether a loss can be had of what `score` stores.
+
+It says which divergence goes with which targets, tail and temperature.
+"""
 
 from ..divergences import owners
 from ..fields import Schedule, extremes, value_at
@@ -55,7 +58,10 @@ def _tail(loss: Loss, score: Score) -> list[tuple[str, str]]:
     if loss.tail == "renormalize":
         if score.k > 1:
             return []
-        message = "'renormalize' compares entries with one another, and score.k is 1. Raise it, or use 'bucket'"
+        message = (
+            "'renormalize' compares entries with one another, and score.k is 1. Raise it, or use "
+            "'bucket'"
+        )
         return [("loss.tail", message)]
     if loss.is_finite_without_tail():
         return []

@@ -83,7 +83,10 @@ def refuse_without_labels(recipe: Recipe, labels: int) -> None:
 
 
 def targets_fit(recipe: Recipe) -> bool:
-    """Whether the stored targets are some that the task has; else nothing more can be said of them."""
+    """Whether the stored targets are some that the task has.
+
+    If they are not, nothing more can be said of them.
+    """
     known = TASKS[recipe.run.task].targets
     return recipe.score is None or not known or recipe.score.targets in known
 

@@ -63,8 +63,8 @@ def _not_yet(recipe: Recipe) -> list[tuple[str, str]]:
     errors = []
     if recipe.loss.features:
         message = (
-            "features are matched of one teacher, and this recipe has several. Leave them out; or match "
-            "them in a recipe with one of the teachers, and begin with its student here "
+            "features are matched of one teacher, and this recipe has several. Leave them out; or "
+            "match them in a recipe with one of the teachers, and begin with its student here "
             "(student: {model: 'run:RUN_DIR'})"
         )
         errors.append(("loss.features", message))
@@ -102,8 +102,9 @@ def _weights(teachers: list[OneTeacher], loss: Loss) -> list[tuple[str, str]]:
     return errors + [
         (
             f"teachers.{number}.weight",
-            f"is 0 {'at some time' if extremes(one.weight)[1] else 'throughout'}, and {what} divides "
-            "by the weights of the teachers that a text has. Set it above 0, or remove the teacher",
+            f"is 0 {'at some time' if extremes(one.weight)[1] else 'throughout'}, and {what} "
+            "divides by the weights of the teachers that a text has. Set it above 0, or remove the "
+            "teacher",
         )
         for number, one in enumerate(teachers)
         if extremes(one.weight)[0] == 0
@@ -115,15 +116,16 @@ def _by_entropy(loss: Loss, score: Score) -> list[tuple[str, str]]:
         return []
     if score.engine == VLLM and score.structure.has_tail:
         message = (
-            f"weighs by the entropy, of which the best entries of engine {VLLM!r} tell a lower bound alone. "
-            f"Use score.engine {HF!r}, score.targets 'full', or 'likelihood'"
+            f"weighs by the entropy, of which the best entries of engine {VLLM!r} tell a lower "
+            f"bound alone. Use score.engine {HF!r}, score.targets 'full', or 'likelihood'"
         )
         return [("loss.teacher_weights", message)]
     if not score.structure.drawn or extremes(loss.temperature) == (1.0, 1.0):
         return []
     message = (
-        "weighs by the entropy at temperature 1, and draws at another one are stored with the entropy "
-        "of what is softened. Use loss.temperature 1.0, score.targets 'full', or 'likelihood'"
+        "weighs by the entropy at temperature 1, and draws at another one are stored with the "
+        "entropy of what is softened. Use loss.temperature 1.0, score.targets 'full', or "
+        "'likelihood'"
     )
     return [("loss.teacher_weights", message)]
 
@@ -133,8 +135,8 @@ def _mixture(loss: Loss, targets: str) -> list[tuple[str, str]]:
         return []
     if STRUCTURES[targets].drawn and extremes(loss.temperature) != (1.0, 1.0):
         message = (
-            "draws are of softened distributions, and their mixture is not the softened mixture. Use "
-            "loss.temperature 1.0, or score.targets 'full'"
+            "draws are of softened distributions, and their mixture is not the softened mixture. "
+            "Use loss.temperature 1.0, or score.targets 'full'"
         )
         return [("loss.teachers", message)]
     if targets in MIXED:

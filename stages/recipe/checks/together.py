@@ -1,4 +1,7 @@
-"""What is wrong with a recipe although each of its fields is right: combinations, and what no stage does yet."""
+"""What is wrong with a recipe although each of its fields is right.
+
+That is combinations, and what no stage does yet.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -89,7 +92,10 @@ def check_together(recipe: Recipe) -> list[tuple[str, str]]:
 
 
 def _alone(recipe: Recipe) -> list[tuple[str, str]]:
-    """A recipe has both `student` and `train`, or it is stage one alone and says nothing of a student."""
+    """A recipe has both `student` and `train`, or it is stage one alone.
+
+    A recipe of stage one alone says nothing of a student.
+    """
     missing = [name for name in ("student", "train") if lookup(recipe, name) is None]
     if len(missing) == 1:
         there = "train" if missing == ["student"] else "student"
@@ -141,8 +147,8 @@ def _runs(recipe: Recipe) -> list[tuple[str, str]]:
             continue
         if run_dir.resolve() == Path(recipe.run.dir).resolve():
             message = (
-                "names this recipe's own run.dir, whose student is what it trains. Give this recipe "
-                "another run.dir"
+                "names this recipe's own run.dir, whose student is what it trains. Give this "
+                "recipe another run.dir"
             )
             errors.append((f"{where}.model", message))
         errors += [
@@ -230,7 +236,10 @@ def _sources(recipe: Recipe) -> list[tuple[str, str]]:
         )
         errors.append((named, message))
     elif recipe.data.source in stores:
-        message = f"has no meaning where {recipe.data.source} is teacher and data: its rows are as they are. Remove it"
+        message = (
+            f"has no meaning where {recipe.data.source} is teacher and data: its rows are as they "
+            "are. Remove it"
+        )
         errors += [
             (path, message) for path in _NOT_OF_A_STORE if lookup(recipe, path) != _default(path)
         ]

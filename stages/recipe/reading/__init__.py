@@ -1,1 +1,4 @@
-"""What stands between a file that people wrote and the sections: YAML within bounds, hints at unknown keys."""
+"""What stands between a file that people wrote and the sections.
+
+That is YAML within bounds, and hints at unknown keys.
+"""

@@ -1,4 +1,7 @@
-"""What people write who know other tools, and what it is called here: hints at an unknown key of a recipe."""
+"""What people write who know other tools, and what it is called here.
+
+These are hints at an unknown key of a recipe.
+"""
 
 from .outside import outside_key
 
@@ -10,7 +13,10 @@ _WEIGHTS = (
     "Two weights, each used as given, they need not add up to 1: loss.soft_weight of the "
     "divergence (the teacher), loss.hard_weight of the cross-entropy (the text)."
 )
-_LENGTH = "data.max_tokens is the longest row; data.too_long says whether a longer one is rejected or cut."
+_LENGTH = (
+    "data.max_tokens is the longest row; data.too_long says whether a longer one is rejected or "
+    "cut."
+)
 _LORA_SCALE = "student.lora.scale is what the update is multiplied by: lora_alpha / r."
 _HIDDEN = (
     "score.features stores hidden states of the teacher, loss.features matches them: "
@@ -42,7 +48,9 @@ _HINTS = {
     "teacher.weights": _TEACHERS,
     "multi_teacher": _TEACHERS,
     "ensemble": _TEACHERS,
-    "teacher_weights": "Write the weight of each entry of teachers; loss.teacher_weights is another setting.",
+    "teacher_weights": (
+        "Write the weight of each entry of teachers; loss.teacher_weights is another setting."
+    ),
     "teacher.load_in_4bit": "Write teacher.quantize: nf4.",
     "teacher.load_in_8bit": "Write teacher.quantize: int8.",
     "teacher.quantization": "Write teacher.quantize: nf4 or int8.",
@@ -96,7 +104,9 @@ _HINTS = {
 # What other libraries call a setting of an entry of `score.features` or `loss.features`.
 _PARTS = {
     "score.features": {
-        "type kind name feature": "Write what: hidden, queries, keys, values, pooled or embeddings.",
+        "type kind name feature": (
+            "Write what: hidden, queries, keys, values, pooled or embeddings."
+        ),
         "dtype precision num_bits": "Write bits: 8, 16 or 32.",
         "pool": "Write pooling: mean, cls or last.",
         "dim proj proj_dim projection": "Write project: numbers of a projected value.",

@@ -1,4 +1,6 @@
-"""YAML that others wrote, read within bounds: aliases that stand for one another without end, depth, size.
+"""YAML that others wrote, read within bounds.
+
+The bounds are on aliases that stand for one another without end, on depth and on size.
 
 PyYAML shares what an alias names, so a file of few lines may hold billions of values, or itself.
 The bounds are counted on its events, before anything is made of them, as if each alias were written

@@ -62,7 +62,9 @@ def named_blocks(model: Any, layers: Sequence[int]) -> dict[int, nn.Module]:
 
 @contextmanager
 def states_of(model: nn.Module, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
-    """Layer -> its states [B, T, D], of the forward pass that is made inside; autograd goes through them.
+    """Layer -> its states [B, T, D], of the forward pass that is made inside.
+
+    Autograd goes through them.
 
     Raises:
         UsageError: a block is not there.

@@ -1,4 +1,6 @@
-"""What is taken of a teacher's forward pass beside its distribution: features of each row, at all of its tokens.
+"""What is taken of a teacher's forward pass beside its distribution.
+
+These are features of each row, at all of its tokens.
 
 A position is that of the token whose state it is, in every kind of model. Which positions a loss
 compares is `alignment.py`'s to say: of text that is continued those that predict a scored token,
@@ -9,8 +11,9 @@ compares is `alignment.py`'s to say: of text that is continued those that predic
     states             h0    h1    h2    h3    h4        stored: all five
     compared                 h1    h2    h3              with the targets of a, b and </s>
 
-and of a labelled text all of them. Pooled states are one vector a text, made of all of its tokens and
-of no padding; projected vectors are made of those of a token. Both on the device, in float32.
+and of a labelled text all of them. Pooled states are one vector a text, made of all of its tokens
+and of no padding; projected vectors are made of those of a token. Both are on the device,
+in float32.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -55,7 +58,10 @@ class Taken:
         ]
 
     def projected(self, lengths: Sequence[int]) -> list[dict[Name, Projected]]:
-        """Of each row: by which matrices vectors were made narrower, and what that costs; waits for the device."""
+        """Of each row: by which matrices vectors were made narrower, and what that costs.
+
+        It waits for the device.
+        """
         return [
             {
                 name: Projected(
@@ -85,7 +91,7 @@ class Taken:
         return pooled(texts, lengths, pooling_of(name[0]))[:, None]
 
     def _vectors(self, name: Name) -> Tensor:
-        """[B, T, D] as the model has them, the heads of queries, keys and values one after another."""
+        """[B, T, D] as the model has them, heads of queries, keys and values one after another."""
         what, layer = what_and_how(name[0])[0], name[1]
         if what not in HEADED:
             return self.shown.hidden[layer]
@@ -124,7 +130,10 @@ def needs_of(features: Iterable[Feature]) -> list[Need]:
 def capturing(
     model: nn.Module, features: Iterable[Feature], projections: Projections | None = None
 ) -> Iterator[Taken]:
-    """What the forward pass inside shows of these features; `projections`: of those that are projected."""
+    """What the forward pass inside shows of these features.
+
+    `projections` are those of the kinds that are projected.
+    """
     features = sorted(features)
     with showing(model, needs_of(features)) as shown:
         yield Taken([(one.kind, one.layer) for one in features], shown, projections or {})
@@ -142,7 +151,9 @@ def check_capture(model: nn.Module, features: Iterable[Feature]) -> None:
 
 
 def check_first_token(model: Any, layers: Sequence[int]) -> None:
-    """Refuse `pooling: cls` of a model whose first token does not see the others: it says nothing of a text.
+    """Refuse `pooling: cls` of a model whose first token does not see the others.
+
+    There it says nothing of a text.
 
     Raises:
         UsageError: a layer's state of the first token is the same whatever follows.
@@ -161,6 +172,6 @@ def check_first_token(model: Any, layers: Sequence[int]) -> None:
     for layer in layers:
         if torch.equal(found[0][layer], found[1][layer]):
             raise UsageError(
-                f"pooling: cls: in block {layer} of {type(model).__name__} the first token does not "
-                "see the others, so its state says nothing of the text. Use last or mean."
+                f"pooling: cls: in block {layer} of {type(model).__name__} the first token does "
+                "not see the others, so its state says nothing of the text. Use last or mean."
             )

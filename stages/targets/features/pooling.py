@@ -11,7 +11,9 @@ from ...recipe.features import Pooling
 
 
 def pooled(states: Tensor, lengths: Sequence[int], how: Pooling) -> Tensor:
-    """One vector of each sample [S, D] float32: of its first token (`cls`), its last, or the mean over all.
+    """One vector of each sample [S, D] float32, made from its states.
+
+    It is that of its first token (`cls`), that of its last, or the mean over all.
 
     `cls` is for encoders that are trained so, `last` for causal models, whose last token alone has
     seen the text; `mean` for both.

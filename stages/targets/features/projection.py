@@ -2,8 +2,8 @@
 
 Letters: D numbers before, d after, d below D.
 
-P [D, d] has orthonormal columns times sqrt(D / d), of a random direction: so the squared length of a
-vector, and with it the squared error between two, stays what it was in the mean over matrices,
+P [D, d] has orthonormal columns times sqrt(D / d), of a random direction: so the squared length of
+a vector, and with it the squared error between two, stays what it was in the mean over matrices,
 
     E |x P|^2 = |x|^2
 
@@ -45,7 +45,10 @@ class Projection:
         return vectors.float() @ self.matrix.to(vectors.device)
 
     def error(self, vectors: Tensor) -> float:
-        """What it costs the cosines between the T vectors [T, D] of a text (`storage/tables/features.py`)."""
+        """What it costs the cosines between the T vectors [T, D] of a text.
+
+        The equation is in `storage/tables/features.py`.
+        """
         whole, narrow = _unit(vectors.float()), _unit(self.of(vectors))
         tokens, total = len(vectors), 0.0
         for start in range(0, tokens, _ROWS):
@@ -57,7 +60,10 @@ class Projection:
 
 
 def _unit(vectors: Tensor) -> Tensor:
-    """Of length 1 each; zeros stay zeros. The largest number comes first, so that no square overflows."""
+    """Vectors of length 1 each. Zeros stay zeros.
+
+    They are divided by the largest number first, so that no square overflows.
+    """
     largest = vectors.abs().amax(-1, keepdim=True)
     return normalize(vectors / largest.where(largest > 0, 1), dim=-1)
 

@@ -1,8 +1,10 @@
-"""What rounding does to attention: it is rebuilt from queries and keys as they are, and as they are read back.
+"""What rounding does to attention.
 
-One number in 127 of a vector's largest bends heads that are sharp: int8 may move a token's attention to
-another by 0.28. So queries and keys of 8 bits are stored where no number of a text's maps moves by more
-than `ALLOWED`, and refused elsewhere, by name.
+Attention is rebuilt from queries and keys as they are, and as they are read back.
+
+One number in 127 of a vector's largest bends heads that are sharp: int8 may move a token's
+attention to another by 0.28. So queries and keys of 8 bits are stored where no number of a text's
+maps moves by more than `ALLOWED`, and refused elsewhere, by name.
 """
 
 from collections.abc import Mapping
@@ -22,7 +24,10 @@ _ROWS = 256
 
 
 def with_counterparts(features: set[Feature]) -> set[Feature]:
-    """With the keys of queries of 8 bits, and the queries of such keys: what rounding does shows in both."""
+    """With the keys of queries of 8 bits, and the queries of such keys.
+
+    What rounding does shows in both.
+    """
     more = {
         Feature(kind=kind, layer=one.layer, bits=one.bits)
         for one in features
@@ -46,13 +51,13 @@ def check_rounding(
         moved = attention_moved(found, layouts, layer)
         if moved > ALLOWED:
             raise FloatingPointError(
-                f"with queries and keys of block {layer} in 8 bits its attention moves by {moved:.3f}, "
-                f"and {ALLOWED} are allowed. Ask for bits: 16"
+                f"with queries and keys of block {layer} in 8 bits its attention moves by "
+                f"{moved:.3f}, and {ALLOWED} are allowed. Ask for bits: 16"
             )
 
 
 def attention_moved(found: Found, layouts: Mapping[Name, Layout], layer: int) -> float:
-    """The largest difference between numbers of the maps of a text, exact and of queries and keys in 8 bits."""
+    """The most that a number of attention maps moves with queries and keys in 8 bits."""
     names: list[Name] = [(kind, layer) for kind in HEADED[:2]]
     exact = _scores([found[name] for name in names], names, layouts)
     read_back = [Rounded.of(found[name], SCALED).restored() for name in names]

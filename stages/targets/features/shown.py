@@ -1,7 +1,9 @@
-"""What a model shows of a pass beside its distribution: states of blocks, what attention multiplies, embeddings.
+"""What a model shows of a pass beside its distribution.
 
-A need is what of a model, and of which block: the same of a teacher that is captured and of a student that
-is compared with it.
+That is states of blocks, what attention multiplies, and embeddings.
+
+A need is what of a model, and of which block: the same of a teacher that is captured and of a
+student that is compared with it.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -67,8 +69,8 @@ def embeddings_of(model: Any) -> Tensor:
         weight = None
     if weight is None or not weight.is_floating_point():
         raise UsageError(
-            f"{model.config.name_or_path or type(model).__name__}: its input embeddings are not one "
-            "matrix of numbers in memory. Leave embeddings out."
+            f"{model.config.name_or_path or type(model).__name__}: its input embeddings are not "
+            "one matrix of numbers in memory. Leave embeddings out."
         )
     return weight
 
@@ -101,6 +103,6 @@ def check_shown(model: nn.Module, needs: Iterable[Need]) -> None:
     for layer, block in looked.items():
         if layers[layer] not in set(block.modules()):
             raise UsageError(
-                f"the attention of block {layer} cannot be told from that of other blocks. Use hidden "
-                "states instead."
+                f"the attention of block {layer} cannot be told from that of other blocks. Use "
+                "hidden states instead."
             )

@@ -1,4 +1,7 @@
-"""`verify --deep`: which teacher it takes, what it does not look at, and what it says, with the real command line."""
+"""`verify --deep` with the real command line.
+
+It is tested which teacher it takes, what it does not look at, and what it says.
+"""
 
 import shutil
 from pathlib import Path

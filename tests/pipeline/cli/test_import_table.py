@@ -1,4 +1,7 @@
-"""Foreign tables through the command line: into a store, on to a student; or refused, with the row and the reason."""
+"""Foreign tables through the command line.
+
+They get into a store and on to a student, or are refused with the row and the reason.
+"""
 
 import json
 from collections.abc import Callable
@@ -260,7 +263,7 @@ SPANS = replace(COLUMNS, prompt_tokens=None, spans="spans")
 
 
 def spanned(records: list[Record], source: Path) -> Path:
-    """Of each text the tokens after the prompt but the fifth are scored; of each other one all of them."""
+    """Texts that are scored after the prompt, every second one in two spans."""
     rows = []
     for number, record in enumerate(records):
         total = len(record["tokens"])

@@ -1,4 +1,7 @@
-"""The command line: help, init and schema answer without the heavy libraries; plan writes nothing."""
+"""The command line.
+
+Help, init and schema answer without the heavy libraries, and plan writes nothing.
+"""
 
 import fcntl
 import json
@@ -119,7 +122,10 @@ def test_a_signal_outside_a_stage_is_exit_code_130_and_a_message(
 
 
 def on_a_terminal(pipe: Path, *, nohup: bool) -> tuple[subprocess.Popen[bytes], int]:
-    """`stillroom run` with a terminal of its own; the terminal lives until the descriptor is closed."""
+    """Run `stillroom run` with a terminal of its own.
+
+    The terminal lives until the descriptor is closed.
+    """
     ours, theirs = os.openpty()
 
     def begin() -> None:
@@ -137,7 +143,10 @@ def on_a_terminal(pipe: Path, *, nohup: bool) -> tuple[subprocess.Popen[bytes], 
 
 @pytest.mark.parametrize("nohup", [False, True])
 def test_a_terminal_that_is_gone_stops_a_command_without_nohup(tmp_path: Path, nohup: bool) -> None:
-    """With it the command goes on, and what it then says goes nowhere: here that the recipe is bad."""
+    """With nohup the command goes on, and what it then says goes nowhere.
+
+    Here it says that the recipe is bad.
+    """
     pipe = tmp_path / "recipe.yaml"
     os.mkfifo(pipe)
     process, terminal = on_a_terminal(pipe, nohup=nohup)

@@ -1,4 +1,7 @@
-"""`query`: a signal ends it within a second, it holds what it may, and it makes no more rows than it shows."""
+"""`query`: a signal ends it within a second.
+
+It holds no more memory than it may, and makes no more rows than it shows.
+"""
 
 import json
 import signal
@@ -29,7 +32,10 @@ def store(tmp_path: Path) -> Path:
 
 
 def computes(process: psutil.Process) -> bool:
-    """Whether its CPU time is that of the statement: more than Python and DuckDB need to begin with."""
+    """Whether its CPU time is that of the statement.
+
+    That is more than Python and DuckDB need to begin with.
+    """
     return any(thread.user_time > 0.3 for thread in process.threads()[1:])
 
 
@@ -66,7 +72,10 @@ def test_a_signal_ends_a_query(store: Path, number: signal.Signals, statement: s
 def test_a_stop_flag_ends_a_statement_of_a_stage(
     store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its handler raises nothing; the books' and the recipe's SQL (`select.where`) end all the same."""
+    """The flag's handler raises nothing.
+
+    The books' and the recipe's SQL (`select.where`) end all the same.
+    """
     flag, opened = StopFlag(), Store.open(store)
     before = {
         number: signal.getsignal(number)
@@ -91,7 +100,7 @@ def test_a_stop_flag_ends_a_statement_of_a_stage(
 
 
 def test_only_the_rows_that_are_shown_are_made(store: Path) -> None:
-    """Of a result that no memory holds."""
+    """The result is one that no memory holds."""
     endless = "SELECT range AS n FROM range(100000000000)"
     shown = stillroom("query", store, endless, "--rows", 3, "--json")
     assert "(the first 3 rows; there are more, see --rows)" in shown.stdout

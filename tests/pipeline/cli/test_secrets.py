@@ -1,4 +1,7 @@
-"""No command shows or records a secret: of the environment, of an address, or what `${NAME}` in a recipe stands for."""
+"""No command shows or records a secret.
+
+A secret is in the environment, in an address, or what `${NAME}` in a recipe stands for.
+"""
 
 import os
 from collections.abc import Iterator
@@ -23,7 +26,10 @@ TABLES = ("prompts", "generations", "soft_targets", "rejects", "commits")
 
 
 class House:
-    """A run whose folders, models and data the recipe names by variables alone; each value holds the mark."""
+    """A run whose folders, models and data the recipe names by variables alone.
+
+    Each value holds the mark.
+    """
 
     def __init__(self, root: Path) -> None:
         hidden = {name: root / f"{MARK}-{name.lower()}" for name in ("MODELS", "WORK")}
@@ -73,7 +79,8 @@ LICENSES = (
     "--source-license",
     "mit",
 )
-# Command -> its arguments, by what they are; each command is also given ADDRESS, which nothing opens.
+# Command -> its arguments, by what they are. Each command is also given ADDRESS, which nothing
+# opens.
 WORKS: dict[str, list[tuple[Any, ...]]] = {
     "plan": [("RECIPE",)],
     "run": [("RECIPE",)],
@@ -159,7 +166,7 @@ def test_json_stays_json_and_the_store_s_address_bare(
 
 
 def test_a_stage_s_log_and_records_hold_no_secret(house: House) -> None:
-    """Of a process of its own; then everything that the commands of this file have written."""
+    """A stage is run in a process of its own; then all that this file's commands wrote is read."""
     others = (
         "storage.dir=${WORK}/other",
         "run.dir=${WORK}/others",

@@ -1,4 +1,7 @@
-"""A student that cannot match the teacher's attention is refused by `plan`, before the teacher is paid for."""
+"""A student that cannot match the teacher's attention is refused by `plan`.
+
+It is refused before the teacher is paid for.
+"""
 
 import shutil
 from collections.abc import Callable
@@ -22,7 +25,10 @@ WINDOWED |= {"intermediate_size": 16, "num_attention_heads": 2, "num_key_value_h
 
 @pytest.fixture
 def causal(tmp_path: Path) -> Callable[..., Path]:
-    """A recipe of a Llama of two heads, whose student is asked for these; the text is in the file."""
+    """A recipe of a Llama of two heads, whose student is asked for these.
+
+    The text is in the file.
+    """
     teacher = save_tiny_llama(tmp_path / "teacher")
     texts = [record | {"completion": "the cat sat"} for record in prompts(24)]
     source = write_jsonl(tmp_path / "texts.jsonl", texts)
@@ -49,7 +55,10 @@ def test_a_window_that_is_narrower_than_what_the_teacher_sees(
     narrow = causal({"config": WINDOWED | {"sliding_window": 4}})
     stillroom("plan", narrow)  # no text is in the store yet
     refused = stillroom("run", narrow, expect=2).stderr
-    said = "loss.features.0: block 0 of the student sees tokens less than 4 away, layer 1 of the teacher"
+    said = (
+        "loss.features.0: block 0 of the student sees tokens less than 4 away, "
+        "layer 1 of the teacher"
+    )
     assert said in refused
     store = Store.open(tmp_path / "store")
     assert store.commits("generations")
@@ -86,7 +95,8 @@ def test_a_teacher_with_the_same_window_needs_no_more(
         (
             {"num_attention_heads": 4, "num_key_value_heads": 4},
             {},
-            "loss.features.0.heads: each pairs head with head, but the teacher has 2 and the student 4",
+            "loss.features.0.heads: each pairs head with head, but the teacher has 2 and the "
+            "student 4",
         ),
         (
             {"model_type": "gpt_oss", "num_attention_heads": 2, "num_key_value_heads": 1},

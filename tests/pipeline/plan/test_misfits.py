@@ -1,4 +1,7 @@
-"""Models that a recipe cannot use are refused by `plan`: one line, the true reason, before anything is paid for."""
+"""Models that a recipe cannot use are refused by `plan`.
+
+The refusal is one line with the true reason, before anything is paid for.
+"""
 
 import json
 from collections.abc import Callable
@@ -31,7 +34,10 @@ def edit(file: str, **fields: Any) -> Callable[[Path], None]:
 
 
 def add_token(folder: Path) -> None:
-    """A 41st id for a model with 32 rows, as `add_tokens` without `resize_token_embeddings` leaves it."""
+    """Add a 41st id to the tokenizer of a model with 32 rows.
+
+    `add_tokens` without `resize_token_embeddings` leaves it like that.
+    """
     content = json.loads((folder / "tokenizer.json").read_text())
     content["added_tokens"].append(content["added_tokens"][0] | {"id": 40, "content": "<|im_end|>"})
     (folder / "tokenizer.json").write_text(json.dumps(content))

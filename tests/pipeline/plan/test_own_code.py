@@ -1,4 +1,7 @@
-"""Code that a model's folder brings along: run for a teacher whose recipe says so by name, and never otherwise."""
+"""Code that a model's folder brings along.
+
+It is run for a teacher whose recipe says so by name, and never otherwise.
+"""
 
 import io
 import json
@@ -46,7 +49,10 @@ def ran(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def own(tmp_path: Path, tiny_llama: Folder, ran: Path) -> Path:
-    """A Llama by another name, whose class is in its folder; on standard input somebody says yes to everything."""
+    """A Llama by another name, whose class is in its folder.
+
+    On standard input somebody says yes to everything.
+    """
     folder = tiny_llama("own")
     named = {"AutoConfig": "OwnConfig", "AutoModelForCausalLM": "OwnForCausalLM"}
     _edit(
@@ -161,7 +167,10 @@ def test_code_of_a_tokenizer_is_never_run(tmp_path: Path, tiny_llama: Folder, ra
 
 
 def test_a_model_without_weights_asks_nobody() -> None:
-    """Of a type that transformers does not know, whose class would be fetched; standard input says yes."""
+    """The model is of a type that transformers does not know, whose class would be fetched.
+
+    Standard input says yes.
+    """
 
     class OwnConfig(LlamaConfig):
         model_type = "own_llama"

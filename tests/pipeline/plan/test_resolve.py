@@ -1,4 +1,7 @@
-"""What a recipe's names stood for is kept by number; a number that is lost does not stop the next."""
+"""What a recipe's names stood for is kept by number.
+
+A number that is lost does not stop the next.
+"""
 
 from collections.abc import Callable
 from dataclasses import replace

@@ -1,4 +1,7 @@
-"""Answers that an earlier rule tokenized alone: equal tokens serve, others are named in the plan and made again."""
+"""Answers that an earlier rule tokenized alone.
+
+Those with equal tokens are reused; others are named in the plan and made again.
+"""
 
 from collections.abc import Callable
 from pathlib import Path

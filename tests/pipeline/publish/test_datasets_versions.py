@@ -1,4 +1,7 @@
-"""`datasets` 4.4.1 reads the same rows of a published folder as the one that is installed, whatever the rows hold."""
+"""`datasets` 4.4.1 reads the same rows of a published folder as the one that is installed.
+
+That holds whatever the rows hold.
+"""
 
 import shutil
 from pathlib import Path
@@ -46,7 +49,7 @@ def given_and_classified(folder: Path) -> list[Path]:
 @pytest.mark.slow
 @pytest.mark.skipif(DATASETS_441 is None, reason="STILLROOM_DATASETS_441 names no folder")
 def test_both_read_the_same_rows(tmp_path: Path) -> None:
-    """Conversations with tools and fields, several spans, and every kind of targets are in the stores."""
+    """The stores have conversations with tools and fields, several spans, every kind of targets."""
     folders = [
         exported(make_store(tmp_path / kind / "store", kind=kind), tmp_path / kind / "out")
         for kind in KINDS

@@ -1,4 +1,7 @@
-"""Features in a published folder: which leave, what the card says, and a training from it whose teacher is gone."""
+"""Features in a published folder: which leave, and what the card says.
+
+A training reads them from it when its teacher is gone.
+"""
 
 import json
 import re

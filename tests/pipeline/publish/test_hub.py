@@ -1,4 +1,6 @@
-"""Publishing to a stand-in for the Hub's HTTP interface (tests/support/hub.py), interrupted at every request.
+"""Publishing to a stand-in for the Hub's HTTP interface, interrupted at every request.
+
+The stand-in is `tests/support/hub.py`.
 
 Real requests of huggingface_hub over a socket, answered by a stand-in: that the Hub itself answers
 so is not shown. Transfers go by LFS; the xet protocol, which the library prefers where the Hub
@@ -69,7 +71,10 @@ def hub(monkeypatch, tmp_path):
 
 
 def what_readers_see(hub: Hub) -> None:
-    """At any moment: no card, or one that points at a version of which every file is there as its manifest says."""
+    """What readers see at any moment: no card, or one whose version is whole.
+
+    Every file is there as its manifest says.
+    """
     card = hub.files.get("README.md")
     if card is None:
         return

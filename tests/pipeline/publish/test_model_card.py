@@ -221,7 +221,10 @@ def test_an_adapter_has_a_card_of_its_own_without_the_machines_folders(tmp_path)
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
 def test_transformers_and_vllm_generate_with_the_saved_student_alike(assets, tmp_path):
-    """A LoRA student, moved off its initial model: greedy text is the same in both, and not the initial model's."""
+    """A LoRA student, moved off its initial model, writes the same greedy text in both.
+
+    It is not the initial model's text.
+    """
     import torch
     from tiny_store import make_recipe
     from transformers import pipeline

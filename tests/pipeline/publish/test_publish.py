@@ -1,4 +1,7 @@
-"""A published folder: who can load it, what its card says, and what a reader sees while it is made."""
+"""A published folder: who can load it, and what its card says.
+
+It also shows what a reader sees while it is made.
+"""
 
 import json
 import re
@@ -440,7 +443,10 @@ class TestLicenses:
         done = export(
             asked(store, model_licenses=(), source_licenses=()), tmp_path / "out", say=silent
         )
-        said = f"Licences not stated: of the model LlamaForCausalLM (`{TEACHER[:8]}`); of the prompts' source"
+        said = (
+            f"Licences not stated: of the model LlamaForCausalLM (`{TEACHER[:8]}`); of the "
+            "prompts' source"
+        )
         assert f"> **{said} `prompts.jsonl`." in done.card
         half = export(asked(store, source_licenses=()), tmp_path / "my-words_2", say=silent).card
         assert "Licences not stated: of the prompts' source `prompts.jsonl`. Find" in half
@@ -660,7 +666,10 @@ class TestFolder:
 
 
 class Faults(LocalFiles):
-    """Fails at a chosen step of putting files in place; before each step a reader looks at the folder."""
+    """A stand-in that fails at a chosen step of putting files in place.
+
+    Before each step a reader looks at the folder.
+    """
 
     steps, fail_at, looks = 0, 0, staticmethod(lambda: None)
 
@@ -684,7 +693,10 @@ class Faults(LocalFiles):
 
 
 def only_once(monkeypatch, module, kept):
-    """What is made before anything is put in place is made once and then copied: it is the same each time."""
+    """What is made before anything is put in place is made once and then copied.
+
+    It is the same each time.
+    """
     seen = {}
 
     def remembered(name):
@@ -712,7 +724,7 @@ def only_once(monkeypatch, module, kept):
         remembered(name)
 
 
-def test_interrupted_at_every_step_a_reader_sees_the_old_version_or_the_new_and_the_next_export_ends(
+def test_interrupted_at_every_step_a_reader_sees_the_old_version_or_the_new_and_the_next_one_ends(
     store, tmp_path, monkeypatch
 ):
     from stillroom.pipeline.publish import export as module

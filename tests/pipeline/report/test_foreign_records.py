@@ -1,4 +1,7 @@
-"""Records of a run folder that somebody else wrote, or that were damaged: an error names the file, whoever reads it."""
+"""Records of a run folder that somebody else wrote, or that were damaged.
+
+An error names the file, whoever reads it.
+"""
 
 import json
 import shutil

@@ -1,4 +1,7 @@
-"""The report as a page: the same numbers as in the JSON, whole in itself, and drawn without a fault by a browser."""
+"""The report as a page: the same numbers as in the JSON, whole in itself.
+
+A browser draws it without a fault.
+"""
 
 import html
 import json
@@ -202,7 +205,8 @@ def test_every_colour_that_is_drawn_with_is_given_in_light_and_in_dark(run: Path
 def test_text_in_drawings_is_text_and_each_has_a_name(run: Path) -> None:
     text = (run / "report.html").read_text()
     drawings = re.findall(r"<svg .*?</svg>", text, re.DOTALL)
-    names = [html.unescape(re.search(r"<title>(.*?)</title>", drawing)[1]) for drawing in drawings]  # type: ignore[index]
+    titles = [re.search(r"<title>(.*?)</title>", drawing) for drawing in drawings]
+    names = [html.unescape(title[1]) for title in titles]  # type: ignore[index]
     assert names == [
         "Loss",
         "Divergence",
@@ -399,13 +403,18 @@ def test_numbers_on_axes_are_short(value: float, text: str) -> None:
 
 PROBE = """
 <body style="margin:0"><pre id="found">nothing</pre><script>
-addEventListener("message", (e) => document.getElementById("found").textContent = JSON.stringify(e.data));
+addEventListener("message", (e) =>
+  document.getElementById("found").textContent = JSON.stringify(e.data));
 </script><iframe style="border:0;width:390px;height:844px" srcdoc="%s"></iframe></body>
 """
 LOOK = """<script>
 addEventListener("load", () => {
-  const box = (e) => { const r = e.getBoundingClientRect(); return [r.left, r.top, r.right, r.bottom]; };
-  const found = { width: innerWidth, scroll: document.documentElement.scrollWidth, boxes: [], text: "" };
+  const box = (e) => {
+    const r = e.getBoundingClientRect();
+    return [r.left, r.top, r.right, r.bottom];
+  };
+  const scroll = document.documentElement.scrollWidth;
+  const found = { width: innerWidth, scroll, boxes: [], text: "" };
   const pop = document.getElementById("pop");
   for (const token of document.querySelectorAll(".t")) {
     token.dispatchEvent(new MouseEvent("click", { bubbles: true }));
@@ -413,7 +422,8 @@ addEventListener("load", () => {
   }
   found.text = pop?.textContent;
   document.querySelector("input[value=baseline]")?.click();
-  found.shades = [...document.querySelectorAll(".t")].slice(0, 3).map((t) => t.style.getPropertyValue("--v"));
+  const first = [...document.querySelectorAll(".t")].slice(0, 3);
+  found.shades = first.map((t) => t.style.getPropertyValue("--v"));
   parent.postMessage(found, "*");
 });
 </script></body>"""

@@ -357,8 +357,8 @@ def test_runs_that_differ_in_their_seed_are_one_with_an_interval(
         rows["student - baseline, seed by seed"][0] == "-0.0420"
     )  # the same for every seed: no interval
     assert (
-        f"`{runs[0]}` (3 seeds): KL to the teacher -0.033 ± 0.050 nats against cross-entropy alone, so it does"
-        in page
+        f"`{runs[0]}` (3 seeds): KL to the teacher -0.033 ± 0.050 nats against cross-entropy "
+        "alone, so it does" in page
     )
     assert all(f"seed {seed} in `{run}`" in page for seed, run in enumerate(runs))
     assert "\n## Results\n" not in page

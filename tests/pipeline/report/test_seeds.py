@@ -32,9 +32,7 @@ def test_quantiles_are_those_of_the_printed_tables(known: tuple[int, float]) -> 
     assert t_quantile(*known) == pytest.approx(TABLE[known], abs=5.01e-4)
 
 
-def test_quantiles_have_closed_forms_at_one_and_two_degrees_of_freedom_and_the_normal_s_at_many() -> (
-    None
-):
+def test_quantiles_have_closed_forms_at_one_and_two_degrees_and_the_normal_s_at_many() -> None:
     for confidence in (0.5, 0.9, 0.95, 0.999):
         assert t_quantile(1, confidence) == pytest.approx(
             math.tan(math.pi * confidence / 2), rel=1e-9

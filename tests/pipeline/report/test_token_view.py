@@ -1,4 +1,7 @@
-"""Rows token by token in a terminal and in a pipe: the numbers of the JSON, within the columns that there are."""
+"""Rows token by token in a terminal and in a pipe.
+
+They have the numbers of the JSON, within the columns that there are.
+"""
 
 import io
 import json

@@ -1,4 +1,7 @@
-"""A classifier with a LoRA adapter as the teacher: to a judged student, with features and deep verification."""
+"""A classifier with a LoRA adapter as the teacher.
+
+The way goes to a judged student, with features and deep verification.
+"""
 
 from pathlib import Path
 from typing import Any

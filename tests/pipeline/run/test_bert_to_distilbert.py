@@ -1,4 +1,7 @@
-"""A BERT-class teacher to a DistilBERT-class student: from a CSV file to the report, layers and attention included."""
+"""A BERT-class teacher to a DistilBERT-class student.
+
+The way goes from a CSV file to the report, layers and attention included.
+"""
 
 import csv
 import json

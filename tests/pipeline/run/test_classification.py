@@ -1,4 +1,7 @@
-"""Classification from labelled rows to a judged student, through the real command line, on a tiny teacher."""
+"""Classification from labelled rows to a judged student.
+
+It goes through the real command line, on a tiny teacher.
+"""
 
 import json
 from pathlib import Path
@@ -53,7 +56,7 @@ def test_one_command_from_labelled_rows_to_a_judged_student(tmp_path: Path) -> N
     assert list(student.config.id2label.values()) == list(CLASSES)
 
     def told(*words: Any) -> dict[str, Any]:
-        """In this process: a run has shown that the commands start."""
+        """What a command tells in this process: a run has shown that the commands start."""
         result = CliRunner().invoke(app, [*map(str, words), "--json"])
         assert result.exit_code == 0, result.output
         found: dict[str, Any] = json.loads(result.stdout.rstrip("\n").split("\n")[-1])

@@ -1,4 +1,7 @@
-"""Several workers of one run: each on its own devices, the same student as of one, none left behind at any end."""
+"""Several workers of one run, each on its own devices.
+
+They make the same student as one does, and none is left behind at any end.
+"""
 
 import os
 import signal
@@ -59,9 +62,12 @@ def recipe(tmp_path: Path, tiny_llama: Callable[..., Path]) -> Path:
 
 
 def noted(folder: Path, more: str = "pass", *, opened: str = "pass") -> str:
-    """PYTHONPATH of workers that note what they see, and that begin when two of their stage have loaded.
+    """PYTHONPATH of workers that note what they see.
 
-    `opened` is done by one that has opened its engine then, `more` before each row that it has written.
+    They begin when two of their stage have loaded.
+
+    `opened` is done by one that has opened its engine then, `more` before each row that it has
+    written.
     """
     return at_worker_start(
         folder,
@@ -154,7 +160,8 @@ def test_a_worker_that_is_killed_is_replaced_and_every_row_is_there_once(
 ) -> None:
     stillroom("run", recipe, "--only", "data")
     once = f"""
-            if not os.path.exists({str(tmp_path / "killed")!r}) and len(list(folder.glob("generate-*"))) == 2:
+            first = not os.path.exists({str(tmp_path / "killed")!r})
+            if first and len(list(folder.glob("generate-*"))) == 2:
                 open({str(tmp_path / "killed")!r}, "x").close()
                 os.kill(os.getpid(), signal.SIGKILL)
     """
@@ -172,10 +179,14 @@ def test_a_worker_that_is_killed_is_replaced_and_every_row_is_there_once(
 
 
 def started(recipe: Path, tmp_path: Path) -> tuple[Loaded, list[psutil.Process]]:
-    """A run whose two workers are in the midst of their work, and write no more until they are told to stop."""
+    """A run whose two workers are in the midst of their work.
+
+    They write no more until they are told to stop.
+    """
     stillroom("run", recipe, "--only", "data")
     wait = f"""
-            while len((folder / "made").read_text().split()) > 8 and os.path.exists({str(recipe)!r} + ".wait"):
+            waits = {str(recipe)!r} + ".wait"
+            while len((folder / "made").read_text().split()) > 8 and os.path.exists(waits):
                 time.sleep(0.01)
     """
     Path(f"{recipe}.wait").touch()

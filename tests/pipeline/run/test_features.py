@@ -90,7 +90,8 @@ def test_from_prompts_to_the_report(tmp_path: Path, teacher: Path) -> None:
         "(linear: 1.0 to 0.5) x hidden (cosine, layers 0 to 0, 2 to 1)",
         "0.5 x attention (heads each, layers last)",
         "1.0 x relations (of values, relation heads 2, layers last)",
-        "hidden states of block 0 (int8), hidden states of block 2 (int8), queries of block 2 (float16)",
+        "hidden states of block 0 (int8), hidden states of block 2 (int8), "
+        "queries of block 2 (float16)",
         "arXiv 2012.15828",
         "relations 2 to 1 values",
         "1 - s.t / ",

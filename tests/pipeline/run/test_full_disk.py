@@ -1,4 +1,7 @@
-"""A disk that is full in the middle of a stage: a clear message, exit code 1, and the next run finishes."""
+"""A disk that is full in the middle of a stage.
+
+The message is clear, the exit code is 1, and the next run finishes.
+"""
 
 import json
 import os

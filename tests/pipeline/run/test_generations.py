@@ -1,4 +1,7 @@
-"""The student of one run as the teacher of the next: which student it is, and what plan, checks and cards say of it."""
+"""The student of one run as the teacher of the next.
+
+It is tested which student it is, and what plan, checks and cards say of it.
+"""
 
 import json
 import shutil
@@ -23,7 +26,10 @@ BIG, TEACHER = "big-8b", "run:runs/first"
 
 
 class Home:
-    """A folder in which recipes run, which name things in it as a user does: without their whole path."""
+    """A folder in which recipes run.
+
+    They name things in it as a user does, without their whole path.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -1,4 +1,6 @@
-"""Held-out rows of the user's own, from the recipe to the report: generated, given and labelled; nothing else judges.
+"""Held-out rows of the user's own, from the recipe to the report.
+
+They are generated, given and labelled, and nothing else judges.
 
 The stages run in this process.
 """

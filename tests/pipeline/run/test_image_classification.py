@@ -1,4 +1,7 @@
-"""Image classification from folders of pictures to a judged and published student, by the real command line."""
+"""Image classification from folders of pictures to a judged and published student.
+
+It goes through the real command line.
+"""
 
 import json
 from pathlib import Path
@@ -110,7 +113,10 @@ def _publish(folder: Path, sections: dict[str, Any], results: dict[str, Any]) ->
 
 
 def test_killed_in_every_stage_a_run_of_images_ends_as_if_undisturbed(tmp_path: Path) -> None:
-    """By SIGKILL, of the command that a user gives; the student has the same weights and the same averages."""
+    """The command that a user gives is killed by SIGKILL.
+
+    The student has the same weights and the same averages.
+    """
     source, teacher = (
         write_folder(tmp_path / "pictures", 48),
         save_tiny_resnet(tmp_path / "teacher"),

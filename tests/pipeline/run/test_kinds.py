@@ -148,7 +148,9 @@ def test_from_text_to_a_judged_student(
 def test_rows_that_are_made_again_are_the_same(
     recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Draws depend on the row: after a damaged shard was withdrawn, all ids and counts are as they were.
+    """Draws depend on the row.
+
+    After a damaged shard was withdrawn, all ids and counts are as they were.
 
     The passes are of another size, so a number that lies between two of its ten bits may go to the
     other one.
@@ -217,7 +219,10 @@ def rows_of(store: Store, name: str) -> list[dict[str, Any]]:
 
 
 def check_against_the_teacher(rows: list[dict[str, Any]], folder: Path) -> None:
-    """Every row's numbers against the teacher's own logits in float64, to the rounding at 10 bits."""
+    """Compare every row's numbers with the teacher's own logits in float64.
+
+    They agree to the rounding at 10 bits.
+    """
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder).double()

@@ -1,4 +1,7 @@
-"""Rows that are too long, from the source to the report: cut or rejected, and counted; or refused."""
+"""Rows that are too long, from the source to the report.
+
+They are cut or rejected, and counted, or they are refused.
+"""
 
 from collections.abc import Callable
 from pathlib import Path

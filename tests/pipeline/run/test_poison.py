@@ -1,4 +1,6 @@
-"""One row that makes the engine raise, or kills it: it is found and rejected, and all the others are done.
+"""One row that makes the engine raise, or kills it.
+
+It is found and rejected, and all the others are done.
 
 Where the engine's process dies, stages are processes; where it raises they are in this one.
 """
@@ -41,7 +43,10 @@ def fatal(folder: Path) -> str:
 
 
 def faulty(error: Exception, poison: int | None) -> Any:
-    """While it lasts, models in this process raise on a text that starts with the poison (None: on every text)."""
+    """Let models in this process raise, while it lasts, on a text that starts with the poison.
+
+    None: they raise on every text.
+    """
     plain = functional.embedding
 
     def embedding(ids: Tensor, *arguments: Any, **more: Any) -> Tensor:

@@ -1,4 +1,7 @@
-"""Quantised teachers on the command line: other teachers than the float one, side by side with it; what is refused."""
+"""Quantised teachers on the command line.
+
+They are other teachers than the float one and stand side by side with it; and some are refused.
+"""
 
 import json
 from collections import defaultdict
@@ -38,7 +41,7 @@ class Room:
         self.source = write_jsonl(folder / "texts.jsonl", texts)
 
     def recipe(self, teacher: dict[str, Any] | list[dict[str, Any]], **sections: Any) -> Path:
-        """Of one teacher, or of several by name."""
+        """A recipe of one teacher, or of several by name."""
         data = {"source": str(self.source), "format": "completion", "holdout": HELD_OUT}
         storage = {"dir": str(self.folder / "store"), "mantissa_bits": 23}
         own: dict[str, Any] = ALONE | {"data": data, "storage": storage, "generate": None}
@@ -132,7 +135,7 @@ def test_the_report_lays_them_side_by_side(room: Room, tmp_path: Path) -> None:
 
 
 def _kl(p: dict[str, Any], q: dict[str, Any]) -> list[float]:
-    """At each token, over ids that are entries of both and one outcome for all others."""
+    """KL at each token, over ids that are entries of both and one outcome for all others."""
     found = []
     for n in range(p["span_tokens"]):
         mine, theirs = _entries(p, n), _entries(q, n)
@@ -151,7 +154,10 @@ def _entries(row: dict[str, Any], position: int) -> dict[int, float]:
 
 
 def test_a_deep_verification_reads_as_it_was_identified(room: Room) -> None:
-    """The three have one folder: without --quantize the float one is found first, where it has rows."""
+    """The three have one folder.
+
+    Without --quantize the float one is found first, where it has rows.
+    """
     deep = ("verify", room.folder / "store", "--deep", "--teacher", room.teacher, "--json")
     for name, more in (("plain", ()), ("nf4", ("--quantize", "nf4"))):
         found = last_json(stillroom(*deep, *more))["deep"]

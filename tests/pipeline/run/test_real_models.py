@@ -1,4 +1,7 @@
-"""The whole run on real models and real vLLM: stories in, a student out, the store readable by others."""
+"""The whole run on real models and real vLLM.
+
+Stories go in, a student comes out, and others can read the store.
+"""
 
 from importlib.util import find_spec
 from pathlib import Path

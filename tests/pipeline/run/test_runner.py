@@ -1,4 +1,7 @@
-"""The whole pipeline through the real command line, on a tiny teacher: results, reuse, resume, refusals."""
+"""The whole pipeline through the real command line, on a tiny teacher.
+
+It is tested for results, reuse, resuming and refusals.
+"""
 
 import json
 import shutil
@@ -312,7 +315,10 @@ def test_a_read_only_store_keeps_everything_and_says_so(
     recipe = write_recipe(tmp_path, teacher, source)
     run(recipe, "--until", "generate")
     before = Store.open(tmp_path / "store").index("generations", ["key"])
-    script = f"mount --bind {tmp_path}/store {tmp_path}/store && mount -o remount,ro,bind {tmp_path}/store && "
+    script = (
+        f"mount --bind {tmp_path}/store {tmp_path}/store && "
+        f"mount -o remount,ro,bind {tmp_path}/store && "
+    )
     inner = f"{sys.executable} -m stillroom run {recipe} --json"
     done = subprocess.run(
         ["unshare", "-rm", "sh", "-c", script + inner], capture_output=True, text=True, timeout=120

@@ -1,4 +1,7 @@
-"""What a person sees of a run: one screen on a terminal of any width, plain lines in a pipe, nothing when quiet."""
+"""What a person sees of a run.
+
+It is one screen on a terminal of any width, plain lines in a pipe, and nothing when quiet.
+"""
 
 import fcntl
 import io
@@ -47,7 +50,10 @@ class Terminal:
             text = text[1:]
 
     def resize(self, width: int) -> None:
-        """Lines that are too long now are broken, as terminals do; the cursor stays where it was, at the end."""
+        """Break lines that are too long now, as terminals do.
+
+        The cursor stays where it was, at the end.
+        """
         above = self.lines[: self.row + 1]
         broken = [line[i : i + width] for line in above for i in range(0, max(1, len(line)), width)]
         self.width, self.lines, self.row, self.column = (
@@ -81,7 +87,10 @@ class Terminal:
 
 
 def at_a_terminal(words: list[str], width: int) -> tuple[Terminal, str, int]:
-    """Run a command whose standard error is a terminal; what stands there in the end, its output, its exit code."""
+    """Run a command whose standard error is a terminal.
+
+    What stands there in the end, its output and its exit code are returned.
+    """
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, width, 0, 0))
     environment = {k: v for k, v in ENVIRONMENT.items() if k not in ("COLUMNS", "LINES")} | {

@@ -75,7 +75,10 @@ def test_the_recipe_selects_what_a_student_would_see(made: Made, tmp_path: Path)
 
 
 def test_the_store_alone_says_the_same(made: Made, tmp_path: Path) -> None:
-    """It holds one recipe's rows; again it is the same folder, and in another one the same bytes."""
+    """The store holds one recipe's rows.
+
+    Again it is the same folder, and in another one the same bytes.
+    """
     again = [made.export(made.recipe, place) for place in (made.published, tmp_path / "published")]
     assert [found["built"] for found in again] == [False, True]
     assert {found["version"] for found in again} == {made.exported["version"]}

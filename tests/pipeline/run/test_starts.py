@@ -1,4 +1,7 @@
-"""A student that begins with layers of its teacher, through the command line: plan, run, report, refusals."""
+"""A student that begins with layers of its teacher, through the command line.
+
+It is tested for plan, run, report and refusals.
+"""
 
 import json
 from collections.abc import Callable
@@ -41,7 +44,7 @@ def recipe(tmp_path: Path, teacher: Path) -> Path:
 
 
 def first_loss(outcome: dict[str, Any]) -> float:
-    """Of the student's first steps."""
+    """The loss of the student's first steps."""
     found = json.loads((Path(outcome["run_dir"]) / "latest" / "train.json").read_text())
     return float(found["history"][0]["loss"])
 

@@ -1,4 +1,7 @@
-"""Students from sources: of a published folder alone the same to the bit; of other stores, only the rest is made."""
+"""Students from sources.
+
+Of a published folder alone they are the same to the bit; of other stores, only the rest is made.
+"""
 
 import shutil
 from dataclasses import replace
@@ -34,7 +37,7 @@ TRAIN = {"epochs": 2, "tokens_per_step": 128, "learning_rate": 5e-3, "evaluate_e
 
 
 class Made:
-    """A recipe whose teacher wrote and scored, whose student was trained, whose rows were published."""
+    """A recipe whose teacher wrote and scored, with its trained student and published rows."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -119,7 +122,10 @@ def gone(made: Made) -> Any:
 
 
 def job_of(recipe: Recipe) -> tuple[Job, Any]:
-    """For the stages of the recipe's teacher, who is here, and that teacher; makes the recipe's own store."""
+    """The job of the stages of the recipe's teacher, who is here, and that teacher.
+
+    The recipe's own store is made.
+    """
     store = Store.open(recipe.storage.dir, create=True)
     bound = make_plan(recipe, write=True).bound
     assert bound.teacher is not None
@@ -145,7 +151,7 @@ def books(recipe: Recipe) -> dict[str, tuple[str, int, int, dict[str, int]]]:
 def test_a_student_from_the_published_folder_alone_is_the_same_to_the_bit(
     gone: Made, tmp_path: Path
 ) -> None:
-    """By the real command, of the recipe that made it: only where store and run are is another."""
+    """The real command runs the same recipe: only where store and run are is another."""
     recipe = gone.recipe(tmp_path, gone.published)
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True)))
@@ -162,7 +168,7 @@ def test_a_student_from_the_published_folder_alone_is_the_same_to_the_bit(
 
 
 def test_a_folder_is_named_as_teacher_and_data(gone: Made, tmp_path: Path) -> None:
-    """Who did not make it needs no name but its own; nor the settings of the text, which is there."""
+    """Who did not make the folder needs no name but its own, and no settings of the text."""
     name = str(gone.published)
     named = {"teacher": {"model": name}, "data": {"source": name}, "generate": None}
     recipe = gone.recipe(tmp_path, gone.published, **named)
@@ -252,7 +258,7 @@ def test_references_come_with_the_published_text(gone: Made, tmp_path: Path) -> 
 
 
 def test_with_the_teacher_only_what_is_missing_is_made(made: Made, tmp_path: Path) -> None:
-    """Rows of another store, and of a published folder, serve; the rest goes into the recipe's own store."""
+    """Rows of another store and a published folder are reused, and the rest is made here."""
     sources = {"store": Path(made.store.root), "folder": made.published}
     before = {
         path: file_sha256(path) for s in sources.values() for path in s.rglob("*") if path.is_file()

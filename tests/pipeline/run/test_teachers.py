@@ -1,4 +1,7 @@
-"""Several teachers in one recipe: each is scored and kept alone, asked for what its `where` and budget say."""
+"""Several teachers in one recipe.
+
+Each is scored and kept alone, and asked for what its `where` and budget say.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -35,7 +38,7 @@ class Room:
         self.source = write_jsonl(folder / "prompts.jsonl", prompts(PROMPTS))
 
     def recipe(self, *teachers: dict[str, Any], **sections: Any) -> Path:
-        """Of teachers by name, and what each is asked for."""
+        """A recipe of teachers by name, and of what each is asked for."""
         entries = [{"model": str(self.models[one["name"]])} | one for one in teachers]
         tree = recipe_tree(self.folder, self.folder, self.source, **ALONE | sections)
         tree.pop("teacher")
@@ -343,7 +346,7 @@ class Killed(BaseException):
 
 
 class KillAfter(StopAfter):
-    """At the given look."""
+    """The process kills itself at the given look."""
 
     def check(self) -> None:
         try:

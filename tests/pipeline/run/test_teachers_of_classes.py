@@ -1,4 +1,7 @@
-"""Two classifiers teach one student: of texts and of words, from the recipe to what the student is judged on."""
+"""Two classifiers teach one student, of texts and of words.
+
+It is tested from the recipe to what the student is judged on.
+"""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -54,7 +57,7 @@ KINDS = {
 
 
 def write_recipe(folder: Path, task: str) -> Path:
-    """Of teachers `a` and `b`, which is asked for long texts alone."""
+    """A recipe of teachers `a` and `b`, which is asked for long texts alone."""
     kind, source = KINDS[task], folder / "rows.jsonl"
     tree = recipe_tree(
         folder,
@@ -120,7 +123,10 @@ _NAMES = {"classification": "classes", "token_classification": "tags"}
 
 
 def check_loss(file: Path, kind: Kind, folder: Path) -> None:
-    """The loss of all passes over the samples to train on is its definition; of a model that is none of the arms."""
+    """The loss of all passes over the samples to train on is its definition.
+
+    The model is none of the arms.
+    """
     recipe = load_recipe(file)
     plan, store = make_plan(recipe), Store.open(recipe.storage.dir)
     snapshot, ids = plan.snapshots["train"], [one.id for one in plan.teachers]

@@ -1,4 +1,7 @@
-"""Token classification from tagged records to a judged and published student, by the real command line."""
+"""Token classification from tagged records to a judged and published student.
+
+It goes through the real command line.
+"""
 
 import json
 from pathlib import Path

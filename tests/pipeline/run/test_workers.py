@@ -1,4 +1,7 @@
-"""Several workers on one store and one run folder share the work; each row is there once; the dead hold up nobody."""
+"""Several workers on one store and one run folder share the work.
+
+Each row is there once, and the dead hold up nobody.
+"""
 
 import os
 import signal
@@ -48,7 +51,10 @@ def recipe(tmp_path: Path, tiny_llama: Callable[..., Path]) -> Path:
 
 
 def together(folder: Path, count: int) -> str:
-    """PYTHONPATH of workers that begin to write when `count` of them have loaded, and note each row they write."""
+    """PYTHONPATH of workers that begin to write when `count` of them have loaded.
+
+    They note each row that they write.
+    """
     return at_worker_start(
         folder,
         f"""

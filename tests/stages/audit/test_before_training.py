@@ -1,4 +1,7 @@
-"""The audit before training: rows that belong together pass, others are refused before any step, in words that help."""
+"""The audit before training: rows that belong together pass.
+
+Others are refused before any step, in words that help.
+"""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -67,7 +70,7 @@ def test_rows_that_belong_together_pass(topk: World, sampled: World) -> None:
 def test_targets_of_other_tokens_are_refused(
     kind: str, fault: Fault, consistent: bool, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    """`consistent`: the scorer that was off looked the token's log-probability up in what it had."""
+    """`consistent`: the scorer that was off looked the log-probability up in what it had."""
     world: World = request.getfixturevalue(kind)
     store = planted(world.store, tmp_path / "store", fault, consistent=consistent)
     with pytest.raises(
@@ -100,10 +103,11 @@ def test_a_shift_is_refused_before_any_step(topk: World, tmp_path: Path) -> None
         recipe.model_dump() | {"train": recipe.train.model_dump() | {"audit": "warn"}}
     )
     assert train.run(replace(job, recipe=warned, train_dirs={"student": tmp_path / "warned"})).rows
-    assert any("shifted by one position" in line for line in job.progress.said)  # type: ignore[attr-defined]
+    said = job.progress.said  # type: ignore[attr-defined]
+    assert any("shifted by one position" in line for line in said)
     baseline = replace(job, arm="baseline", train_dirs={"baseline": tmp_path / "baseline"})
     assert train.run(baseline).rows, "cross-entropy alone learns nothing from the targets"
-    assert any(line.startswith("audit: 24 rows") for line in job.progress.said)  # type: ignore[attr-defined]
+    assert any(line.startswith("audit: 24 rows") for line in said)
 
 
 def with_text(
@@ -171,7 +175,7 @@ def test_rows_of_several_spans_pass_and_faults_of_some_are_refused(tmp_path: Pat
 
 
 def test_the_end_of_one_span_is_no_neighbour_of_the_next() -> None:
-    """Between two spans of a row the tokens beside are others: only within a span is a shift looked for."""
+    """Between two spans of a row are other tokens, so a shift is looked for within a span."""
     known = chain(0, sharp=3.0, vocab=150)
     rows = markov_rows(known, known, rows=20, n=60)
     spans = np.array([[1, 2], [3, 1], [4, 20], [24, 37]], np.int32).reshape(-1)
@@ -226,7 +230,10 @@ def test_text_that_was_chosen_among_what_the_teacher_drew_need_not_be_likely(
 def markov_rows(
     teacher: np.ndarray, text: np.ndarray, *, rows: int, n: int, seed: int = 0
 ) -> list[dict[str, Any]]:
-    """Text drawn from one Markov chain [V, V], targets of another (in place, K = V): what the statistics are about."""
+    """Text drawn from one Markov chain [V, V], targets of another (in place, K = V).
+
+    These are what the statistics are about.
+    """
     rng = np.random.default_rng(seed)
     found = []
     for _ in range(rows):
@@ -285,7 +292,10 @@ def test_a_shift_and_other_tokens_are_told_apart() -> None:
 
 
 def test_chance_is_counted_over_what_predicts() -> None:
-    """A teacher that knows nothing, and one short text over and over: an accident, however many rows repeat it."""
+    """A teacher that knows nothing, and one short text over and over, are an accident.
+
+    So they are however many rows repeat the text.
+    """
     clear = 0
     for seed in range(20):
         few = markov_rows(chain(seed + 100, sharp=3.0), chain(seed, sharp=8.0), rows=1, n=12) * 30

@@ -1,4 +1,7 @@
-"""A training reads no shard whose rows cannot be right, wherever in its snapshot; a machine asks each shard once."""
+"""A training reads no shard whose rows cannot be right, wherever in its snapshot.
+
+A machine asks each shard once.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -77,7 +80,10 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 def with_faults(whole: World, root: Path, kind: str, changes: Sequence[Change]) -> World:
-    """The rows as another kind; after the first `SHARD` shards comes one with each fault, sealed."""
+    """The rows as another kind.
+
+    After the first `SHARD` shards comes one with each fault, sealed.
+    """
     store = copied(whole.store, root, lambda row: row, tables=("generations",))
     commits = whole.store.commits("soft_targets")
     about = whole.store.shard("soft_targets", commits[0].shard.sha256).about

@@ -1,4 +1,7 @@
-"""Deep verification of features: the teacher agrees with what it said, and finds what is planted."""
+"""Deep verification of features: the teacher agrees with what it said.
+
+It finds what is planted.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass

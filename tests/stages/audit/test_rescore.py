@@ -102,7 +102,7 @@ def test_a_teacher_agrees_with_itself_to_the_rounding(worlds: dict[str, World], 
 def test_targets_of_other_tokens_are_found_and_named(
     worlds: dict[str, World], tmp_path: Path, name: str, fault: Fault
 ) -> None:
-    """Also where the log-probability of the token that is there was looked up in the wrong targets."""
+    """The log-probability of the token may have been looked up in the wrong targets, too."""
     store = planted(worlds[name].store, tmp_path / "store", fault, consistent=True)
     found = worlds[name].read(store)
     # The teacher drew its text, which is another one on another processor. A row of a few positions

@@ -1,4 +1,7 @@
-"""Targets of words that belong to other words: found before training, and by the teacher; those in place pass."""
+"""Targets of words that belong to other words are found before training, and by the teacher.
+
+Those in place pass.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +31,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Words:
 
 
 def knowing(row: dict[str, Any], shift: int = 0) -> dict[str, Any]:
-    """A row of a teacher that knows the labels, 0.96 each; with the targets of the word `shift` on."""
+    """A row of a teacher that knows the labels, 0.96 each, with targets `shift` words on."""
     if row["labels"] is None:
         return row
     n = row["span_tokens"]

@@ -1,4 +1,7 @@
-"""Labels that are ids of a source's own classes: refused where these are the teacher's in another order."""
+"""Labels that are ids of a source's own classes.
+
+They are refused where these are the teacher's in another order.
+"""
 
 from pathlib import Path
 from types import SimpleNamespace

@@ -1,4 +1,7 @@
-"""Conversations as people keep them: every field stands in the messages, or the record is refused by its name."""
+"""Conversations as people keep them.
+
+Every field stands in the messages, or the record is refused by its name.
+"""
 
 import json
 from typing import Any

@@ -1,4 +1,7 @@
-"""Foreign tables: however their lists stand to their tokens, the same targets; and everything that does not fit."""
+"""Foreign tables give the same targets however their lists stand to their tokens.
+
+Everything that does not fit is refused.
+"""
 
 from dataclasses import replace
 
@@ -237,7 +240,7 @@ def test_fewer_entries_may_be_kept():
 
 @pytest.mark.parametrize("bits", [8, 11, 24])
 def test_what_rounding_may_hide_is_the_tail(bits):
-    """Entries that hold everything but rounding: nobody knows whether 1e-5 is outside or nothing."""
+    """Of entries that hold all but rounding nobody knows whether 1e-5 is outside or nothing."""
     logprobs = round_mantissa(np.log(np.array([0.7, 0.2, 0.1])), bits - 1)
     record = {
         "tokens": [1, 2, 3],
@@ -350,7 +353,10 @@ def test_what_does_not_fit_is_refused(change, reason, message):
 
 
 def test_entries_that_sum_to_too_little_are_refused():
-    """No id outside the K best has more than the least of them, so (V - K) p_K bounds what may be missing."""
+    """No id outside the K best has more than the least of them.
+
+    So (V - K) p_K bounds what may be missing.
+    """
     text = Text()
 
     def less(record, by):
@@ -423,7 +429,10 @@ def test_how_exact_numbers_are_is_seen_in_them(dtype, bits):
 
 @pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16])
 def test_entries_normalised_over_themselves_are_told_from_those_of_a_sure_teacher(dtype):
-    """At most positions of a real table the next id would be seen; a sure teacher's positions tell nothing."""
+    """At most positions of a real table the next id would be seen.
+
+    A sure teacher's positions tell nothing.
+    """
     text = Text(tokens=60)
     real = text.record(kind="probs")
     real["values"] = np.array(real["values"]).astype(dtype).tolist()

@@ -1,4 +1,7 @@
-"""What the source held becomes the inputs table: each key once, first prompts marked, the split by hash."""
+"""What the source held becomes the inputs table.
+
+Each key is there once, first prompts are marked, the split is by hash.
+"""
 
 import random
 

@@ -1,4 +1,7 @@
-"""Rows that are longer than they may be: what is cut of them, what stays, and which settings have no meaning."""
+"""Rows that are longer than they may be: what is cut of them, and what stays.
+
+Settings that have no meaning are refused.
+"""
 
 import json
 from collections.abc import Callable

@@ -1,4 +1,7 @@
-"""Sources as people have them: which files are read, of which split, packed or not; who judges; what is rejected."""
+"""Sources as people have them: which files are read, of which split, packed or not.
+
+It is also about who judges, and what is rejected.
+"""
 
 import bz2
 import gzip
@@ -168,7 +171,8 @@ def test_a_saved_folder_has_the_splits_it_was_saved_with(tmp_path: Path) -> None
         with pytest.raises(UsageError, match="it was saved"):
             read(tmp_path / source, split=split)
     # What `datasets` wrote is all of it named: the name is that of before.
-    files = sorted(p.name for p in Source.files(named(tmp_path / "both")).files)  # type: ignore[union-attr]
+    found = Source.files(named(tmp_path / "both"))
+    files = sorted(p.name for p in found.files)  # type: ignore[union-attr]
     assert files == sorted(
         ["dataset_dict.json", *["data-00000-of-00001.arrow", "dataset_info.json", "state.json"] * 2]
     )
@@ -445,7 +449,8 @@ def test_held_out_rows_belong_to_the_name_of_the_inputs(tmp_path: Path) -> None:
 
     def name(evaluate: dict[str, Any] | None) -> str:
         hashes = FileHashes(tmp_path / "store", remember=False)
-        return inputs_id(recipe(tmp_path, evaluate=evaluate), Teacher(), hashes)  # type: ignore[arg-type]
+        judged_so = recipe(tmp_path, evaluate=evaluate)
+        return inputs_id(judged_so, Teacher(), hashes)  # type: ignore[arg-type]
 
     judged(tmp_path, {"split": "test"})
     sources = [None, {"split": "test"}, {"source": str(tmp_path / "test.jsonl")}]
@@ -465,7 +470,8 @@ def test_a_class_of_images_that_is_called_as_a_split_is(tmp_path: Path) -> None:
     for folder in ("bus", "train", "below/train/bus", "below/train/train", "below/test"):
         (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / "1.png").write_bytes(b"")
-    assert len(find_files(str(below), field="data.source", images=True).files) == 3  # type: ignore[union-attr]
+    found = find_files(str(below), field="data.source", images=True)
+    assert len(found.files) == 3  # type: ignore[union-attr]
     with pytest.raises(UsageError, match=r"folder train may be a split, or a class .* bus beside"):
         find_files(f"{tmp_path}/*/*.png", field="data.source", images=True)
 

@@ -1,4 +1,7 @@
-"""Stage data: every format and source becomes prompts rows; bad records are rejected with a reason, never lost."""
+"""Stage data: every format and source becomes prompts rows.
+
+Bad records are rejected with a reason, never lost.
+"""
 
 import json
 from collections.abc import Callable
@@ -160,7 +163,10 @@ def test_a_table_gives_no_call_the_arguments_of_others(tmp_path: Path) -> None:
 
 
 def unrolled() -> list[dict[str, Any]]:
-    """A conversation after its first answer and whole, the first of them held out by its hash; and another one."""
+    """A conversation after its first answer and whole, and another one.
+
+    The first of them is held out by its hash.
+    """
     for name in "abcdefghijklmnopq":
         turns = [
             {"role": ("user", "assistant")[n % 2], "content": text}

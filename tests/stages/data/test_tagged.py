@@ -1,4 +1,7 @@
-"""Tagged records on their way in: words and classes as people have them, words of several tokens, cuts, rejections."""
+"""Tagged records on their way in: words and classes as people have them.
+
+Words may have several tokens; some are cut, some are rejected.
+"""
 
 import json
 from pathlib import Path
@@ -132,7 +135,7 @@ class TestTokens:
         assert says in str(error.value)
 
     def test_a_cut_takes_whole_words(self, teacher: Path) -> None:
-        """Six tokens beside the two special ones would end inside of `as`: it goes, with its label."""
+        """Six tokens beside the two special ones end inside of `as`: it goes, with its label."""
         cut = tokenizing(teacher, max_tokens=8, too_long="cut")
         words, labels = ["cats", "sat", "cats", "as", "tree"], [1, 0, 2, 3, 4]
         (given,) = cut.texts(row({"words": words, "labels": labels}))

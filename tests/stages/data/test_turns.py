@@ -1,4 +1,7 @@
-"""Conversations through the stages: one row each, and targets for the tokens of the assistant's turns alone."""
+"""Conversations through the stages: one row each.
+
+Only the tokens of the assistant's turns have targets.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -54,8 +57,9 @@ def scored(folder: Path, table: str) -> list[list[list[str]]]:
 
 
 @pytest.mark.parametrize(
-    ("turns", "expected"), [(None, [SAID, SAID[1:]]), ("all", [SAID, SAID[1:]]), ("last", [SAID[2:]] * 2)]
-)  # fmt: skip
+    ("turns", "expected"),
+    [(None, [SAID, SAID[1:]]), ("all", [SAID, SAID[1:]]), ("last", [SAID[2:]] * 2)],
+)
 def test_a_conversation_is_one_row(
     recipe: Callable[..., Path], tmp_path: Path, turns: str | None, expected: list[list[list[str]]]
 ) -> None:

@@ -108,8 +108,9 @@ def test_prompts_that_would_change_one_another_are_answered_alone() -> None:
         stop=SimpleNamespace(check=lambda: None),
         progress=SimpleNamespace(advance=lambda *_, **__: None),
     )
-    alone = [greedy(model, Numbers(), [ids], max_tokens=6)[0] for ids in prompts]  # type: ignore[arg-type]
-    assert greedy(model, Numbers(), prompts, max_tokens=6) != alone  # type: ignore[arg-type]
+    numbers: Any = Numbers()
+    alone = [greedy(model, numbers, [ids], max_tokens=6)[0] for ids in prompts]
+    assert greedy(model, numbers, prompts, max_tokens=6) != alone
     assert quiz.answers(model, job) == alone
 
 
@@ -128,7 +129,7 @@ def test_answers_stay_within_the_context(model: LlamaForCausalLM) -> None:
 
 
 def test_positions_behind_that_of_the_padding_are_no_context() -> None:
-    """Of 20 positions a RoBERTa uses 18: a longer answer would end in an IndexError."""
+    """A RoBERTa uses 18 of 20 positions: a longer answer would end in an IndexError."""
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
     config = RobertaConfig(
@@ -246,7 +247,10 @@ def test_the_pattern_of_the_template_takes_the_last_number_out() -> None:
 
 
 def test_text_is_normalized_as_squad_does() -> None:
-    """The published script on ASCII; punctuation of other scripts goes too, and no answer goes whole."""
+    """On ASCII it does as the published script.
+
+    Punctuation of other scripts goes too, and no answer goes whole.
+    """
     for answer, reference in (
         ("The  Eiffel Tower.", "eiffel tower"),
         ("an U.S. city", "us city"),
@@ -290,7 +294,8 @@ def test_a_pattern_that_backtracks_ends_and_its_answers_count_as_unanswered(
     endless, reference = "a" * 40 + "b", "aaa"
     settings = EvaluateGenerate(metric="regex", pattern=r"((?:a+)+$)")
     asked = [Question(prompt_ids=[], reference=reference, teacher=None, key=k) for k in "xyz"]
-    quiz = Quiz(settings=settings, tokenizer=Numbers(), questions=asked, against="r")  # type: ignore[arg-type]
+    numbers: Any = Numbers()
+    quiz = Quiz(settings=settings, tokenizer=numbers, questions=asked, against="r")
     answers = {"student": ["aaa", endless, "b"]}
     job: Any = SimpleNamespace(stop=SimpleNamespace(check=lambda: None))
     assert quiz.unfinished(answers, job) == {"student": ["y"]}

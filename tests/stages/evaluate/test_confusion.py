@@ -1,4 +1,7 @@
-"""Precision, recall, F1 and confusion against scikit-learn and plain loops; their errors against resampling."""
+"""Precision, recall, F1 and confusion against scikit-learn and plain loops.
+
+Their errors are tested against resampling.
+"""
 
 import json
 from pathlib import Path

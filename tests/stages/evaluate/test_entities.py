@@ -16,7 +16,12 @@ TAGS = ("O", "B-PER", "I-PER", "B-LOC", "I-LOC")
 
 
 def by_definition(tags: list[str]) -> set[tuple[str, int, int]]:
-    """Of all stretches of words those that are an entity: it begins here, goes on all through, and ends there."""
+    """The stretches of words that are an entity, of all stretches.
+
+    An entity begins at its first word, goes on all through, and ends at its last.
+
+    It begins at its first word, goes on all through, and ends at its last.
+    """
     found = set()
     for first in range(len(tags)):
         kind = tags[first].partition("-")[2]

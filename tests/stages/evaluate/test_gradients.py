@@ -1,7 +1,11 @@
-"""Angle and norm ratio of gradients: of vectors by geometry, of a small transformer by plain autograd in float64."""
+"""Angle and norm ratio of gradients.
+
+Those of vectors are tested by geometry, those of a small transformer by plain autograd in float64.
+"""
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -218,10 +222,10 @@ def test_of_entries_and_a_tail_the_teacher_is_conditioned_on_the_entries() -> No
 
 
 def test_draws_are_of_the_ids_that_the_entries_have() -> None:
-    row = rows(5)[0]
+    row: dict[str, Any] = dict(rows(5)[0])
     n = row["span_tokens"]
-    ids, values = row["ids"].reshape(n, 5), row["logprobs"].reshape(n, 5)  # type: ignore[attr-defined]
-    reference = SoftTargets(ids, values, row["tail_logprob"], row["token_logprob"], row["entropy"])  # type: ignore[arg-type]
+    ids, values = row["ids"].reshape(n, 5), row["logprobs"].reshape(n, 5)
+    reference = SoftTargets(ids, values, row["tail_logprob"], row["token_logprob"], row["entropy"])
     drawn = kept_of(
         reference, Kept(kind="sampled", k=4000, draw="systematic", proposal=1.0), seed=3
     )

@@ -1,4 +1,7 @@
-"""Held-out rows of several spans: every scored token is measured once, and the last span is what is asked."""
+"""Held-out rows of several spans.
+
+Every scored token is measured once, and the last span is what is asked.
+"""
 
 from pathlib import Path
 

@@ -1,4 +1,7 @@
-"""Each measure against its definition, written from the mathematics in float64 numpy with plain loops."""
+"""Each measure against its definition.
+
+It is written from the mathematics in float64 numpy with plain loops.
+"""
 
 import math
 from collections.abc import Sequence
@@ -98,7 +101,10 @@ def slow_kl(
 def slow_tv(
     t: Sequence[Sequence[float]] | np.ndarray, p: Sequence[Sequence[float]] | np.ndarray
 ) -> list[float]:
-    """The largest difference of the probabilities that the two give to one event: that of all ids with t > p."""
+    """The largest difference of the probabilities that the two give to one event.
+
+    That event is all ids with t > p.
+    """
     return [
         math.fsum(ti - pi for ti, pi in zip(t_row, p_row, strict=True) if ti > pi)
         for t_row, p_row in zip(t, p, strict=True)
@@ -464,10 +470,8 @@ def test_the_standard_error_of_the_calibration_error_is_its_spread_over_draws_of
     )  # a spread of 150 draws is known to 6 %
 
 
-def test_the_standard_error_of_the_calibration_error_pairs_the_sums_of_a_prompt_with_its_tokens() -> (
-    None
-):
-    """Whichever prompt has its first labelled token first."""
+def test_the_error_of_the_calibration_error_pairs_the_sums_of_a_prompt_with_its_tokens() -> None:
+    """The standard error does so whichever prompt has its first labelled token first."""
     rng = np.random.default_rng(5)
     rows: list[tuple[bytes, dict[str, torch.Tensor]]] = []
     for unit, n in ((b"a", 2), (b"b", 9)):

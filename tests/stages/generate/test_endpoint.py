@@ -1,4 +1,7 @@
-"""An endpoint that writes: every prompt becomes one row, whatever it does, and no answer is paid for twice."""
+"""An endpoint that writes.
+
+Every prompt becomes one row, whatever it does, and no answer is paid for twice.
+"""
 
 from collections import Counter, deque
 from collections.abc import Callable
@@ -371,7 +374,10 @@ def test_what_cannot_work_is_refused_by_name(
 def test_a_conversation_is_read_as_text_is_that_comes_with_the_data(
     tiny_llama: TinyLlama, tmp_path: Path
 ) -> None:
-    """An answer's row has the tokens and spans of the same answer given as data; one that was cut has no end."""
+    """An answer's row has the tokens and spans of the same answer given as data.
+
+    One that was cut has no end.
+    """
     teacher = tiny_llama("teacher")
     (teacher / "chat_template.jinja").write_text(TEMPLATE)
     asked = [{"instruction": row["prompt"]} for row in prompts(6)]
@@ -441,7 +447,10 @@ def journalled(folder: Path) -> list[str]:
 
 
 def test_the_key_and_the_prices_are_nowhere(tiny_llama: TinyLlama, tmp_path: Path) -> None:
-    """Not in the store, the logs, the report, the cards or an export; the licence is in both cards."""
+    """They are not in the store, the logs, the report, the cards or an export.
+
+    The licence is in both cards.
+    """
     prices = {
         "usd_per_million_prompt_tokens": 1234.5671,
         "usd_per_million_completion_tokens": 2345.6782,

@@ -1,4 +1,7 @@
-"""`generate.keep`: what each token was drawn from is kept while the text is written, and `score` finds it done."""
+"""`generate.keep`: what each token was drawn from is kept while the text is written.
+
+`score` then finds it done.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -123,7 +126,10 @@ def test_what_would_be_kept_for_nothing_is_refused(
 
 
 def test_an_author_who_is_not_the_teacher_is_refused(teacher: Path, tmp_path: Path) -> None:
-    """By what the models are: with an adapter the teacher is another model than the one that writes."""
+    """What the models are decides.
+
+    With an adapter the teacher is another model than the one that writes.
+    """
     adapter = save_random_adapter(tmp_path / "adapter", teacher)
     keeping = DRAWN | {"keep": {"k": 6}}
     adapted = {"model": str(teacher), "adapter": str(adapter)}

@@ -1,4 +1,7 @@
-"""The ledger agrees with its definition, written here row by row, and survives every way prompts and settings move."""
+"""The ledger agrees with its definition, written here row by row.
+
+It survives every way that prompts and settings move.
+"""
 
 import random
 from collections import Counter
@@ -195,7 +198,10 @@ def test_a_row_serves_what_would_have_come_out_the_same(
 def test_it_agrees_with_its_definition_on_random_stores(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rows, rejects and repeated prompts at random, index segments of two commits: the same books as one loop gives."""
+    """The same books come out as one loop gives.
+
+    Rows, rejects and repeated prompts are random, with index segments of two commits.
+    """
     monkeypatch.setattr(segments, "SEGMENT", 2)
     rng = random.Random()
     for trial in range(6):

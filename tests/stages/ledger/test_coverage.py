@@ -1,4 +1,7 @@
-"""Which stored targets serve which request: the SQL agrees with the rules, written here row by row."""
+"""Which stored targets can be reused for which request.
+
+The SQL agrees with the rules, written here row by row.
+"""
 
 from collections.abc import Iterator
 from typing import Any
@@ -84,7 +87,10 @@ def answers(
     engines: list[str | None] | None = None,
     named: str | None = None,
 ) -> tuple[Any, ...]:
-    """What the SQL says of these rows, each at the place of its number; `engines` made them, `named` is asked for."""
+    """What the SQL says of these rows, each at the place of its number.
+
+    The rows were made by `engines`, and `named` is asked for.
+    """
     lists = {name: [row.columns().get(name) for row, _ in rows] for name in COLUMNS[:-2]}
     lists["temperatures"] = [list(row.temperatures) or None for row, _ in rows]
     lists["mantissa_bits"] = [b for _, b in rows]

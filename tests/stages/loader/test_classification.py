@@ -1,4 +1,7 @@
-"""The loss of texts that are classified, a batch of them at a time: definitions, padding, texts without a label."""
+"""The loss of texts that are classified, a batch of them at a time.
+
+It is tested for definitions, padding, and texts without a label.
+"""
 
 from dataclasses import replace
 from pathlib import Path
@@ -82,7 +85,10 @@ class TestLoss:
     def test_value_and_gradient_are_those_of_the_definition(
         self, student: Any, temperature: float
     ) -> None:
-        """T^2 sum t (log t - log p) + 0.5 * cross-entropy, t and p at T; their gradients T (p - t) and p - y."""
+        """T^2 sum t (log t - log p) + 0.5 * cross-entropy, with t and p at T.
+
+        Their gradients are T (p - t) and p - y.
+        """
         model, _ = student
         soft, hard, (total,) = losses_of(student, TEXTS, objective_of(temperature=temperature))
         model.zero_grad()
@@ -120,7 +126,10 @@ class TestLoss:
     def test_means_of_a_step_are_over_the_texts_that_have_it(
         self, student: Any, tokens_per_pass: int
     ) -> None:
-        """However they share passes: weights are as given, and a text without a label has no cross-entropy."""
+        """It holds however they share passes.
+
+        Weights are as given, and a text without a label has no cross-entropy.
+        """
         model, inputs = student
         soft, hard, _ = losses_of(student, TEXTS, objective_of())
         loss = Loss(soft_weight=1.0, hard_weight=0.5)

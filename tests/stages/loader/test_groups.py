@@ -1,4 +1,7 @@
-"""Groups of samples: the step alone says which, a pass never splits one, and without groups nothing changes."""
+"""Groups of samples.
+
+The step alone says which, a pass never splits one, and without groups nothing changes.
+"""
 
 from collections.abc import Sequence
 from typing import Any

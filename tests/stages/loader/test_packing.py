@@ -1,4 +1,7 @@
-"""Packing: samples in a row do not see each other, and how a step is packed and split never changes its gradient."""
+"""Packing: samples in a row do not see each other.
+
+How a step is packed and split never changes its gradient.
+"""
 
 from dataclasses import replace
 
@@ -37,7 +40,10 @@ def packing(**changes):
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_packed_equals_separate(name, attention):
-    """Hidden states of every scored position, samples packed two rows deep and more, against each sample alone."""
+    """Hidden states of every scored position are those of each sample alone.
+
+    Samples are packed two rows deep and more.
+    """
     model = build(CONFIGS[name], attn_implementation=attention)
     samples = make_samples([*LENGTHS, *LENGTHS])
     (rows,) = packing(tokens_per_pass=1000, row_tokens=24)._groups(samples)
@@ -130,7 +136,10 @@ def test_the_gradient_does_not_depend_on_packing_and_passes(k):
 
 @pytest.mark.parametrize("k", [5, None, 0])
 def test_a_sample_of_three_spans_is_learnt_from_as_three_samples(k):
-    """Loss and gradient are the sums over the prefixes that end with each span, and packing keeps samples apart."""
+    """Loss and gradient are the sums over the prefixes that end with each span.
+
+    Packing keeps samples apart.
+    """
     model = build(CONFIGS["llama"])
     spans = [[2, 3], [7, 1], [11, 6]]
     several = [make_sample(20, spans=spans, k=k, seed=seed) for seed in (0, 1)]
@@ -178,7 +187,10 @@ def test_sampled_targets_do_not_depend_on_packing_and_passes():
 
 
 def drawn(sample):
-    """The sample with a draw in place of its entries: the best id twice, the next once or not at all."""
+    """The sample with a draw in place of its entries.
+
+    The best id is drawn twice, the next once or not at all.
+    """
     targets = sample.targets
     entries = 2 - np.arange(sample.scored_tokens, dtype=np.int32) % 2
     counts = np.tile(np.int32([2, 1]), (sample.scored_tokens, 1))
@@ -197,7 +209,10 @@ def drawn(sample):
 
 
 def test_hard_targets_alone_read_nothing_of_the_soft_ones():
-    """At no temperature, whatever the store holds: here draws, which no temperature but their own could serve."""
+    """Without a temperature nothing soft is read, whatever the store holds.
+
+    Here it holds draws, which no temperature but their own could serve.
+    """
     (batch,) = packing(tokens_per_pass=1000).batches([drawn(make_sample(9))], None)
     assert batch.targets.ids is None
     assert batch.targets.probabilities is None
@@ -248,7 +263,10 @@ def test_every_sample_is_whole_in_one_row(lengths, tokens_per_pass, row_tokens, 
     more=st.integers(0, 60),
 )
 def test_rows_hold_about_the_same(lengths, rows, more):
-    """Every sample once; no row empty or beyond the limit; and none could give its least sample to another and gain."""
+    """Every sample is there once, and no row is empty or beyond the limit.
+
+    None could give its least sample to another and gain.
+    """
     samples, limit = make_samples(lengths, k=0), max(lengths) + more
     made = pack(samples, rows=rows, limit=limit)
     assert sorted(map(id, (s for row in made for s in row))) == sorted(map(id, samples))
@@ -342,7 +360,10 @@ class TestEntries:
 
 
 def test_a_shared_row_is_no_longer_than_the_model_reads():
-    """GPT-Neo has a table of which position sees which, for as many positions as its context has."""
+    """GPT-Neo has a table of which position sees which.
+
+    It is for as many positions as its context has.
+    """
     samples = make_samples([9, 9, 9, 9, 5])
     for context, widest in ((None, 23), (20, 18), (5, 9)):
         batches = packing(context=context, row_tokens=24).batches(samples)

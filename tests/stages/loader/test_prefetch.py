@@ -1,4 +1,8 @@
-"""Passes made ahead: the order, the bound, what is raised where, and what happens when they are asked for again."""
+"""Passes made ahead.
+
+It is tested for the order, the bound, what is raised where, and what happens when they are asked
+for again.
+"""
 
 import threading
 from contextlib import contextmanager
@@ -46,7 +50,10 @@ def test_passes_that_nobody_asked_for_are_passed_over():
 
 
 def test_no_more_is_made_than_a_few_things_ahead():
-    """However long the caller takes: what can be made is made, and the thread has nothing left to do."""
+    """It holds however long the caller takes.
+
+    What can be made is made, and the thread has nothing left to do.
+    """
     made = []
 
     def make(step):
@@ -135,7 +142,10 @@ def test_what_a_pass_raises_is_raised_in_its_place():
 
 @pytest.mark.parametrize("taken", [0, 1, 2])
 def test_asked_for_again_they_are_made_again_and_so_is_what_follows(taken):
-    """As when memory runs out in the second step and passes become smaller; some were made ahead in the old size."""
+    """It is as when memory runs out in the second step and passes become smaller.
+
+    Some were made ahead in the old size.
+    """
     size = 10
 
     def make(step):

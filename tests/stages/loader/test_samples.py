@@ -1,4 +1,7 @@
-"""Samples into steps: every sample once per epoch, never over the limit, and the same from any cursor on."""
+"""Samples into steps.
+
+Every sample comes once per epoch, never over the limit, and the same from any cursor on.
+"""
 
 from dataclasses import asdict, replace
 from itertools import pairwise

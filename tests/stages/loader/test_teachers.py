@@ -1,4 +1,7 @@
-"""Samples of several teachers: each one's row found by text and teacher, weighed, and learnt from."""
+"""Samples of several teachers.
+
+Each one's row is found by text and teacher, weighed, and learnt from.
+"""
 
 from pathlib import Path
 
@@ -158,7 +161,7 @@ def test_the_loss_of_a_pass_is_its_definition(
 
 
 def expected_loss(model, samples: list[Sample], teaching: Teaching) -> tuple[float, float]:
-    """In float64, one sample and one teacher after the other."""
+    """The loss in float64, one sample and one teacher after the other."""
     total = crosses = 0.0
     for sample in samples:
         ids = torch.from_numpy(sample.token_ids.astype(np.int64))

@@ -1,4 +1,8 @@
-"""The torch dataset: the same global batches for any ranks and workers, from any of them on; and training with it."""
+"""The torch dataset.
+
+It has the same global batches for any ranks and workers, from any of them on, and one can train
+with it.
+"""
 
 import math
 from itertools import chain, islice
@@ -78,9 +82,13 @@ def global_batches(samples, state, *, workers, ranks, count, **options):
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker")
 def test_stopped_and_resumed_on_other_ranks_and_workers_the_batches_are_the_same(samples):
-    """One run that stops at random batches and goes on with every number of workers and ranks in turn."""
+    """One run stops at random batches.
+
+    It goes on with every number of workers and ranks in turn.
+    """
     rng = np.random.default_rng(0)
-    # Each number of workers and of ranks twice or so; a worker is a fork of all that is loaded here.
+    # Each number of workers and of ranks comes twice or so. A worker is a fork of all that is
+    # loaded here.
     places = [(0, 1), (0, 4), (1, 2), (1, 4), (2, 1), (2, 2), (4, 1), (4, 2)]
     rng.shuffle(places)
     counts = rng.integers(2, 7, len(places)).tolist()
@@ -258,7 +266,10 @@ class StopAt(TrainerCallback):
 
 
 def train(samples, folder, *, stop=8, workers=0, resume=None):
-    """Losses of the optimizer steps of this call, two global batches each; stops after step `stop` of 8."""
+    """Losses of the optimizer steps of this call, two global batches each.
+
+    It stops after step `stop` of 8.
+    """
     accumulation = 2
     arguments = TrainingArguments(
         output_dir=folder,

@@ -1,4 +1,7 @@
-"""The losses against float64 definitions, in value and gradient, and at every edge that made a peer's loss wrong."""
+"""The losses against float64 definitions, in value and gradient.
+
+They are tested at every edge that made a peer's loss wrong.
+"""
 
 import math
 from itertools import pairwise
@@ -154,7 +157,10 @@ def test_every_id_kept_equals_dense(divergence):
 
 
 def test_forward_gradient_is_the_closed_form():
-    """The weight is the identity, so the states are the logits z: d/dz_j is p_j - t_j, or p_j (1 - t_B / p_B)."""
+    """The weight is the identity, so the states are the logits z.
+
+    Then d/dz_j is p_j - t_j, or p_j (1 - t_B / p_B).
+    """
     _, _, teacher = make_problem(v=11)
     logits = torch.randn(7, 11, generator=torch.Generator().manual_seed(3)).requires_grad_()
     targets = make_targets(teacher, 4)
@@ -192,7 +198,10 @@ def test_zero_at_equality(divergence, k):
 @pytest.mark.parametrize("divergence", ALL)
 @pytest.mark.parametrize("k", [1, 4])
 def test_finite_where_the_entries_hold_all_mass(divergence, k):
-    """Kept mass 1.0 and no tail at all, while the student has mass outside: where DistillKit's value is NaN."""
+    """Kept mass is 1.0 with no tail at all, while the student has mass outside.
+
+    There DistillKit's value is NaN.
+    """
     hidden, student, teacher = make_problem()
     kept = make_targets(teacher, k)
     certain = kept.logprobs - kept.logprobs.logsumexp(-1, keepdim=True)
@@ -216,7 +225,10 @@ def test_a_full_target_may_hold_impossible_ids(divergence):
 
 @pytest.mark.parametrize("divergence", ALL)
 def test_extreme_logits_stay_finite_and_right(divergence):
-    """A student so sure that everything else underflows: 1 - sum of its kept mass would be 0 or negative."""
+    """A student so sure that everything else underflows.
+
+    One minus the sum of its kept mass would be 0 or negative.
+    """
     hidden, _, teacher = make_problem(d=23)
     weight = (60 * torch.eye(23)).requires_grad_()
     extreme = Head(weight=weight)
@@ -268,7 +280,10 @@ def test_the_chunk_size_does_not_matter(n, chunk, divergence, full):
     "divergence", [name for name in ALL if name not in ("alpha_beta", "adaptive_kl")]
 )
 def test_coarser_buckets_give_a_lower_bound(divergence):
-    """Every f-divergence falls when outcomes are put together; alpha-beta is one where its exponents sum to 1."""
+    """Every f-divergence falls when outcomes are put together.
+
+    alpha-beta is one where its exponents sum to 1.
+    """
     hidden, student, teacher = make_problem()
     with torch.no_grad():
         by_k = [

@@ -1,4 +1,7 @@
-"""The divergences as functions of outcomes: their limits, their bounds, and zero probabilities on either side."""
+"""The divergences as functions of outcomes.
+
+It is tested for their limits, their bounds, and zero probabilities on either side.
+"""
 
 import math
 from pathlib import Path
@@ -92,7 +95,10 @@ def test_as_both_exponents_vanish_alpha_beta_is_half_the_squared_log_ratio(expon
 @pytest.mark.parametrize("exponents", [(100.0, 100.0), (100.0, 0.0), (0.0, 100.0), (1e-30, 100.0)])
 @pytest.mark.parametrize("far", [50.0, 1000.0])
 def test_alpha_beta_is_finite_at_every_exponent_that_is_allowed(exponents, far):
-    """With a student that finds unlikely, far below the least normal float32, what the teacher is sure of."""
+    """The student finds unlikely what the teacher is sure of.
+
+    Its probability is far below the least normal float32.
+    """
     teacher = torch.tensor([[0.0, -torch.inf, -far], [-far, 0.0, -torch.inf]])
     student = torch.tensor([[-far, 0.0, -torch.inf], [0.0, -far, -far]])
     found = value_and_gradient(

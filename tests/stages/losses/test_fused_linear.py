@@ -1,4 +1,8 @@
-"""The fused loss: gradients made in the forward pass against float64 autograd of the definition, and what it holds."""
+"""The fused loss.
+
+Gradients made in the forward pass are tested against float64 autograd of the definition, and so is
+what it holds.
+"""
 
 import math
 import subprocess
@@ -60,7 +64,10 @@ def leaf(*shape, seed):
 
 
 def ragged(teacher, *, temperature=1.0, empty=False):
-    """Entries as a nucleus has them: 1 to 5 in a row, -1 in between; the labels are in and out of them."""
+    """Entries as a nucleus has them: 1 to 5 in a row, -1 in between.
+
+    The labels are in and out of them.
+    """
     logprobs = (teacher.double() / temperature).log_softmax(-1)
     kept, ids = logprobs.topk(5, -1)
     absent = torch.arange(5)[None] > torch.arange(len(ids))[:, None] % 5
@@ -103,7 +110,10 @@ def reference_logits(hidden, weight, bias, head):
 
 
 def assert_is_the_definition(targets, objective, head, define):
-    """Value and gradients, at chunks of all sizes; `define(logits [V], token)` gives soft and hard of one token."""
+    """Value and gradients are those of the definition, at chunks of all sizes.
+
+    `define(logits [V], token)` gives soft and hard of one token.
+    """
     hidden, weight, bias = leaf(N, D, seed=1), leaf(V, D, seed=2), leaf(V, seed=3)
     head = Head(weight=weight, bias=bias, **head)
     leaves = [x.detach().double().requires_grad_() for x in (hidden, weight, bias)]
@@ -127,7 +137,10 @@ def assert_is_the_definition(targets, objective, head, define):
 
 
 def test_a_teacher_of_weight_0_adds_nothing_where_its_divergence_is_infinite():
-    """Of a draw that the student rules out (a bias of -inf), at every other token; elsewhere it counts."""
+    """Every other token has a draw that the student rules out (a bias of -inf).
+
+    Elsewhere the divergence counts.
+    """
     silent, drawn = torch.arange(N) % 2 == 0, torch.stack([torch.arange(N), torch.arange(N) + 1], 1)
     drawn[silent, 1] = V - 1
     targets = TargetBatch(
@@ -334,7 +347,10 @@ class TestLowRank:
             torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-4)
 
     def test_of_a_model_with_an_adapter(self):
-        """PEFT's own layer, its dropout on: the same logits for the same seed, so the same gradients."""
+        """PEFT's own layer, with its dropout on.
+
+        The same seed gives the same logits, and so the same gradients.
+        """
         from peft import LoraConfig, get_peft_model
         from tiny_models import CONFIGS, build
 
@@ -368,7 +384,10 @@ class TestLowRank:
 
 @pytest.mark.slow
 def test_a_head_that_is_sharded_over_two_ranks(tmp_path: Path) -> None:
-    """FSDP2 on two processes: the mean over the ranks of what one process finds, for the head as for the body."""
+    """FSDP2 on two processes.
+
+    The mean over the ranks is what one process finds, for the head as for the body.
+    """
     script = Path(__file__).parents[2] / "support" / "sharded_head.py"
     ranks = [
         subprocess.Popen(
@@ -420,7 +439,10 @@ def test_no_tokens_are_no_loss():
 @pytest.mark.parametrize("full", [False, True])
 @pytest.mark.parametrize("definition", [False, True])
 def test_a_part_that_weighs_nothing_may_be_infinite(full, definition):
-    """A label of probability 0, a divergence from what is nowhere; total and gradient are those of the other part."""
+    """A label has probability 0, or a divergence is from what is nowhere.
+
+    Total and gradient are those of the other part.
+    """
     hidden, weight, bias = leaf(N, D, seed=1), leaf(V, D, seed=2), normal(V, seed=3)
     bias[7] = -math.inf
     teacher = 2 * normal(N, V, seed=4)

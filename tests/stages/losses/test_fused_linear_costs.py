@@ -32,7 +32,10 @@ def distilled(hidden, weight, targets, **objective):
 
 
 def naive(hidden, weight, targets):
-    """Forward KL with a bucket and cross-entropy as they are usually written, in the dtype of the states."""
+    """Forward KL with a bucket and cross-entropy as they are usually written.
+
+    They are in the dtype of the states.
+    """
     log_p = functional.linear(hidden, weight).log_softmax(-1)
     tail = log_p.scatter(-1, targets.ids, -math.inf).logsumexp(-1)
     p = torch.cat([log_p.gather(-1, targets.ids), tail[:, None]], -1)
@@ -43,7 +46,10 @@ def naive(hidden, weight, targets):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_error_is_that_of_the_products(dtype):
-    """Against float64: float32 to 1e-5, bfloat16 no worse than the naive loss in bfloat16 and a hundredth."""
+    """It is compared with float64: float32 to 1e-5.
+
+    bfloat16 is no worse than the naive loss in bfloat16 and a hundredth.
+    """
     n, v, d = 96, 500, 48
     hidden, weight, teacher = (
         0.4 * normal(n, d, seed=1),
@@ -127,7 +133,10 @@ class TestMemory:
     )
     @pytest.mark.parametrize("kind", ["problem", "full"])
     def test_the_peak_is_flat_in_the_tokens(self, kind, objective):
-        """Beyond gradients and the losses of the tokens: a chunk of logits, whatever their number."""
+        """Beyond gradients and the losses of the tokens it holds a chunk of logits.
+
+        It does so whatever the number of tokens.
+        """
         beyond = []
         for n in (128, 1024):
             most, _ = allocated(self.step(*getattr(self, kind)(n), **objective))

@@ -1,4 +1,7 @@
-"""`match: hidden` against its definition in float64: value, gradient, zero at equality, and which layers are paired."""
+"""`match: hidden` against its definition in float64.
+
+It is tested for value, gradient, zero at equality, and which layers are paired.
+"""
 
 from typing import Any
 
@@ -18,7 +21,7 @@ DISTANCES = tuple(MATCHES["hidden"].distances)
 
 
 def defined(t: np.ndarray, s: np.ndarray, distance: str) -> tuple[float, np.ndarray]:
-    """Of one position: the value, and the derivative by s, written out."""
+    """The value of one position, and the derivative by s, written out."""
     d, difference = len(t), s - t
     if distance == "mse":
         return (difference**2).sum() / d, 2 * difference / d
@@ -74,7 +77,7 @@ def matching(**sizes: int) -> Matching:
 
 @pytest.mark.numeric
 def test_a_pair_is_summed_over_the_positions_that_are_compared_after_its_map() -> None:
-    """Of two samples in rows of five positions, of three and four tokens."""
+    """Two samples of three and four tokens stand in rows of five positions."""
     made = matching(teacher=6, student=4, seed=0)
     rng = np.random.default_rng(2)
     states = {n: torch.from_numpy(rng.normal(size=(2, 5, 4))).float() for n in (0, 1)}

@@ -1,4 +1,7 @@
-"""The Triton kernels on a machine without a GPU: interpreted in a process of their own, and compiled for an H100."""
+"""The Triton kernels on a machine without a GPU.
+
+They are interpreted in a process of their own, and compiled for an H100.
+"""
 
 import os
 import re

@@ -1,4 +1,7 @@
-"""The two passes over the vocabulary, in torch, against float64 autograd of what they say they are."""
+"""The two passes over the vocabulary, in torch.
+
+They are tested against float64 autograd of what they say they are.
+"""
 
 import math
 from itertools import product
@@ -19,7 +22,10 @@ def normal(*shape, seed):
 
 
 def asked_of(k, *, temperature=1.0, scale=1.0, softcap=None, absent=False, v=V):
-    """The label of row 1 is an entry, of the others maybe; with `absent`, row 0 has no entry at all."""
+    """The label of row 1 is an entry, those of the others may be.
+
+    With `absent`, row 0 has no entry at all.
+    """
     generator = torch.Generator().manual_seed(k)
     ids = torch.stack([torch.randperm(v, generator=generator)[:k] for _ in range(N)])
     labels = torch.randint(v, (N,), generator=generator)
@@ -32,7 +38,10 @@ def asked_of(k, *, temperature=1.0, scale=1.0, softcap=None, absent=False, v=V):
 
 
 def definition(raw, asked):
-    """Entries, label, normaliser and rest, by float64 and by sums over the ids that are asked for."""
+    """Entries, label, normaliser and rest, in float64.
+
+    They are sums over the ids that are asked for.
+    """
     z = raw * asked.scale
     z = z if asked.softcap is None else asked.softcap * torch.tanh(z / asked.softcap)
     rest = []
@@ -84,7 +93,10 @@ def test_what_is_seen_and_the_way_back(k, temperature, dtype, monkeypatch):
 
 
 def test_the_rest_does_not_cancel():
-    """Entries with all mass but e^-60: one minus their sum is nothing in float32, and so would be its gradient."""
+    """Entries hold all mass but e^-60.
+
+    One minus their sum is nothing in float32, and so would be its gradient.
+    """
     asked = asked_of(2)
     raw = normal(N, V, seed=1).scatter_add(-1, asked.ids, torch.full((N, 2), 60.0))
     expected = definition(raw.double(), asked)[3]
@@ -109,7 +121,7 @@ def test_great_logits_do_not_overflow():
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("scale", [1.0, 0.5])
 def test_ids_that_cannot_be_drawn_get_no_gradient_and_make_no_nan(scale, temperature, dtype):
-    """As a bias of -inf makes them.
+    """A bias of -inf makes such ids.
 
     Row 0 has others that are no entry, in the rest of the rows the rest is empty.
     """

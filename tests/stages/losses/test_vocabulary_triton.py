@@ -1,4 +1,7 @@
-"""The kernels `look` and `spread` against float64 and against plain torch: on a GPU as they are, else interpreted."""
+"""The kernels `look` and `spread` against float64 and against plain torch.
+
+On a GPU they run as they are, else they are interpreted.
+"""
 
 import os
 from dataclasses import replace
@@ -53,7 +56,10 @@ def logits(n: int, vocabulary: int, dtype: torch.dtype = torch.float32, *, seed:
 def question(
     n: int, vocabulary: int, k: int, head: tuple[float, float, float | None] = (1.0, 1.0, None)
 ) -> Asked:
-    """Row 0's label is an entry (if there are any), row 1's is none (if it can be); row 2 lacks an entry, row 3 all."""
+    """Row 0's label is an entry (if there are any), row 1's is none (if it can be).
+
+    Row 2 lacks an entry, and row 3 lacks all.
+    """
     random = torch.Generator().manual_seed(1)
     ids = torch.stack([torch.randperm(vocabulary, generator=random) for _ in range(n)])
     labels = ids[:, 0].clone()
@@ -84,7 +90,7 @@ def definition(raw: Tensor, asked: Asked) -> Seen:
 
 
 def derivatives(asked: Asked, seen: Seen) -> Slopes:
-    """Of a loss that is linear in what was seen, with random weights."""
+    """The derivatives of a loss that is linear in what was seen, with random weights."""
     random = torch.Generator().manual_seed(2)
     entries = (
         torch.randn(asked.ids.shape, generator=random).to(DEVICE).masked_fill(asked.ids < 0, 0.0)
@@ -99,7 +105,7 @@ def derivatives(asked: Asked, seen: Seen) -> Slopes:
 
 
 def gradient(raw: Tensor, asked: Asked, slopes: Slopes) -> Tensor:
-    """Of that loss, by autograd through the definition in float64."""
+    """The gradient of that loss, by autograd through the definition in float64."""
     leaf = raw.double().requires_grad_()
     seen = definition(leaf, asked)
     total = torch.zeros((), dtype=torch.float64, device=raw.device)
@@ -228,7 +234,7 @@ def test_rows_may_lie_apart_and_nothing_else_is_touched() -> None:
 
 
 def test_what_is_asked_and_slopes_may_be_views() -> None:
-    """As autograd hands slopes over: expanded, transposed."""
+    """Autograd hands slopes over like this: expanded, transposed."""
     asked, raw = question(4, 100, 8), logits(4, 100)
     wide, twice = torch.full((4, 16), 99, device=DEVICE), torch.full((4, 2), 99, device=DEVICE)
     wide[:, ::2], twice[:, 1] = asked.ids, asked.labels

@@ -1,4 +1,7 @@
-"""LoRA adapters of classifiers: logits are PEFT's own, classes have their names, what does not fit is refused."""
+"""LoRA adapters of classifiers: logits are PEFT's own, and classes have their names.
+
+What does not fit is refused.
+"""
 
 import json
 from pathlib import Path
@@ -41,7 +44,10 @@ def found(base: Path, adapter: Path, hashes: FileHashes, dtype: str = "auto") ->
 @pytest.mark.parametrize("kind", ["body", "head"])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_logits_are_those_of_peft(bases: Path, hashes: FileHashes, kind: str, dtype: str) -> None:
-    """In float64 those of PEFT without a merge; in float32, where a merge rounds, those of its merge."""
+    """In float64 logits are those of PEFT without a merge.
+
+    In float32, where a merge rounds, they are those of its merge.
+    """
     base, adapter = bases / kind, bases / f"of-{kind}"
     refuse_adapter(adapter, base, task="classification", name=str(base))
     identity = found(base, adapter, hashes, dtype)
@@ -64,7 +70,10 @@ def test_logits_are_those_of_peft(bases: Path, hashes: FileHashes, kind: str, dt
 
 
 def test_its_files_are_those_of_a_classifier(bases: Path, hashes: FileHashes) -> None:
-    """What a store keeps names the classes, for students that are made when base and adapter are gone."""
+    """What a store keeps names the classes.
+
+    Students need it that are made when base and adapter are gone.
+    """
     kept = json.loads(
         found(bases / "body", bases / "of-body", hashes).files_to_keep()["config.json"]
     )

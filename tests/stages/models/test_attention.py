@@ -44,7 +44,10 @@ OTHERS = {
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "windowed"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_flat_equals_separate(name, checkpointing):
-    """Hidden states of every position and the gradient of every weight; each sample alone, by the model's own."""
+    """Hidden states of every position and the gradient of every weight are the same.
+
+    The others are of each sample alone, by the model's own attention.
+    """
     model = build(WINDOWED if name == "windowed" else CONFIGS[name])
     own, samples = copy.deepcopy(model), make_samples(LENGTHS)
     assert attend_apart(model, max(LENGTHS), torch.float32) is None

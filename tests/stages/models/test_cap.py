@@ -1,4 +1,7 @@
-"""Where a config caps attention scores, teachers and students are loaded with an attention that does it."""
+"""Where a config caps attention scores, models are loaded with an attention that does it.
+
+That holds for teachers and students.
+"""
 
 from types import SimpleNamespace
 

@@ -1,4 +1,7 @@
-"""Conversations as tokens: one rendering, in which the turns of the assistant are found, whatever the template."""
+"""Conversations as tokens: one rendering, in which the assistant's turns are found.
+
+That holds whatever the template.
+"""
 
 from typing import Any
 

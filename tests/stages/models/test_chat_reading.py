@@ -1,4 +1,7 @@
-"""What a chat template reads: all of a conversation is in the text, or refused, or named; arguments too."""
+"""What a chat template reads: all of a conversation is in the text, or refused, or named.
+
+So are arguments.
+"""
 
 import re
 from typing import Any

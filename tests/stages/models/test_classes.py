@@ -1,4 +1,7 @@
-"""Labelled records on their way in, and what classification refuses: labels, classes, heads, idle settings."""
+"""Labelled records on their way in, and what classification refuses.
+
+It refuses labels, classes, heads and idle settings.
+"""
 
 import math
 from collections.abc import Callable
@@ -103,7 +106,8 @@ class TestRefusals:
         [
             (
                 ("no", "yes"),
-                r"student\.model: .* has 2 classes \(no, yes\), the teacher 3 \(bad, good, neither\)",
+                r"student\.model: .* has 2 classes \(no, yes\), "
+                r"the teacher 3 \(bad, good, neither\)",
             ),
             (
                 ("good", "bad", "neither"),

@@ -1,4 +1,7 @@
-"""What a config says: its class's defaults and names, the positions that can be used, and no torch for it."""
+"""What a config says: its class's defaults and names, and the positions that can be used.
+
+No torch is needed for it.
+"""
 
 import re
 import subprocess

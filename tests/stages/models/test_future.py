@@ -1,4 +1,7 @@
-"""A model that sees the future is refused: by its config, or because the last token moves what stands before it."""
+"""A model that sees the future is refused.
+
+Its config says so, or the last token moves what stands before it.
+"""
 
 from types import SimpleNamespace
 

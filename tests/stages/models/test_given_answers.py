@@ -1,4 +1,7 @@
-"""Given answers: prompt and completion are one text to the tokenizer, and what is scored begins where they part."""
+"""Given answers: prompt and completion are one text to the tokenizer.
+
+What is scored begins where they part.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -20,7 +23,10 @@ STORIES = "models/stories260k-llama-hd32"
 
 
 def prefix_space_tokenizer() -> Any:
-    """As Llama 2 has it: a space is put before every text, in the token of its first word."""
+    """A tokenizer like that of Llama 2.
+
+    A space is put before every text, in the token of its first word.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -36,7 +42,7 @@ def prefix_space_tokenizer() -> Any:
 
 @pytest.fixture(params=["prefix space", "bytes", "gpt2"])
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """Of a tokenizer."""
+    """The folder of a tokenizer."""
     from chat_templates import byte_tokenizer
 
     if request.param == "gpt2":

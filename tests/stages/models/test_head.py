@@ -1,4 +1,7 @@
-"""The head seam on real architectures: tied, untied, biased, capped, scaled, LoRA; others are refused."""
+"""The head seam on real architectures: tied, untied, biased, capped, scaled, LoRA.
+
+Others are refused.
+"""
 
 import copy
 

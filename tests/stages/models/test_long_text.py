@@ -1,4 +1,7 @@
-"""Long texts: their tokens are those of the whole, though the tokenizer is never given more than a piece."""
+"""Long texts: their tokens are those of the whole.
+
+Yet the tokenizer is never given more than a piece.
+"""
 
 import random
 from pathlib import Path

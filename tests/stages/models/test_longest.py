@@ -1,4 +1,7 @@
-"""Texts share a pass only where none changes another: frequencies by the longest text, or mixing of any kind."""
+"""Texts share a pass only where none changes another.
+
+One changes another where frequencies follow the longest text, or by mixing of any kind.
+"""
 
 import numpy as np
 import pytest
@@ -114,7 +117,10 @@ def test_frequencies_of_each_kind_of_layer_count():
 
 
 def test_a_model_forgets_the_long_texts_that_it_has_read(tmp_path):
-    """Unlike transformers, which keeps the frequencies of the longest for all beyond the original context."""
+    """It is unlike transformers here.
+
+    That keeps the frequencies of the longest text for all beyond the original context.
+    """
     build(KINDS["dynamic"]).save_pretrained(tmp_path)
     model = KIND.student(tmp_path).eval()
     plain = [AutoModelForCausalLM.from_pretrained(tmp_path).eval() for _ in range(2)]

@@ -1,4 +1,7 @@
-"""Quantised teachers: who they are, what they say by transformers alone, and what is no such teacher."""
+"""Quantised teachers: who they are, and what they say by transformers alone.
+
+What is no such teacher is refused.
+"""
 
 import json
 from collections.abc import Callable
@@ -100,7 +103,7 @@ def test_logits_are_those_of_transformers_whether_quantised_here_or_before(
         head, states = split_head(model), hidden_states(model, input_ids=IDS)
         torch.testing.assert_close(head.logits(states[0]), expected[0], rtol=1e-5, atol=1e-5)
     assert not torch.equal(logits(load_causal_lm(found(base))), expected)
-    # A row alone is as it is among others and before what follows: no column is kept for all of them.
+    # A row alone is as among others and before what follows: no column is kept for all of them.
     others = torch.cat([IDS, IDS.flip(1)])
     torch.testing.assert_close(logits(here, input_ids=others)[:1], expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(

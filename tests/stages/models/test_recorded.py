@@ -1,4 +1,7 @@
-"""Attention rebuilt from recorded queries and keys is the model's own; where it is not, it is refused by name."""
+"""Attention rebuilt from recorded queries and keys is the model's own.
+
+Where it is not, it is refused by name.
+"""
 
 import copy
 from itertools import pairwise
@@ -100,7 +103,10 @@ def padded(side="right"):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_rebuilt_attention_of_a_padded_batch_is_the_models_eager_one(name):
-    """Every layer, every head, every token that is no padding; recorded with the attention that is used."""
+    """Every layer, every head and every token that is no padding is compared.
+
+    They are recorded with the attention that is used.
+    """
     model = model_of(name)
     layers = attention_layers(model)
     ids, mask = padded()

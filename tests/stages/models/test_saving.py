@@ -1,4 +1,7 @@
-"""The folder a student ends up in: its weights as trained, everything else as its base had it, read right by others."""
+"""The folder a student ends up in: its weights as trained, all else as its base had it.
+
+Others read it right.
+"""
 
 import copy
 import json
@@ -60,7 +63,10 @@ def change(folder, name, **fields):
 
 class TestGeneration:
     def test_no_generation_config_stops_the_weights(self, tiny_llama, tmp_path):
-        """Transformers saves no model beside this one; the base's own file says what its maker said."""
+        """Beside this one transformers saves no model.
+
+        The base's own file says what its maker said.
+        """
         base = tiny_llama()
         settings = {"do_sample": False, "temperature": 0.6, "top_p": 0.9, "eos_token_id": 2}
         (base / "generation_config.json").write_text(json.dumps(settings))
@@ -274,7 +280,10 @@ def test_positions_that_4_57_has_no_words_for_are_named():
     not OLDER, reason="STILLROOM_TRANSFORMERS_457 names no folder with transformers 4.57"
 )
 def test_transformers_4_57_computes_the_same(tmp_path):
-    """Every student that 4.57 knows, in a process of its own: logits and token ids are those of 5."""
+    """Of every student that 4.57 knows, logits and token ids are those of 5.
+
+    4.57 computes them in a process of its own.
+    """
     folders = []
     for name in TURNED:
         base = turned(name, tmp_path / f"{name}-base")

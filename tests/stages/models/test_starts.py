@@ -1,4 +1,7 @@
-"""Students that begin with layers of their teacher: which layers, unchanged; and what is refused."""
+"""Students that begin with layers of their teacher: which layers, unchanged.
+
+What is no such student is refused.
+"""
 
 import json
 from copy import deepcopy

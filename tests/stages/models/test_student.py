@@ -206,7 +206,10 @@ def test_save_and_load_keep_the_function(tiny_llama, tmp_path, tied, lora):
 
 
 def test_an_adapter_kept_by_itself_is_the_student_on_its_initial_model(tiny_llama, tmp_path):
-    """What PEFT loads onto the model that the recipe names; the student's own folder has it merged in."""
+    """PEFT loads the adapter onto the model that the recipe names.
+
+    The student's own folder has it merged in.
+    """
     from peft import PeftModel
 
     folder = tiny_llama()

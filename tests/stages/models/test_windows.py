@@ -1,4 +1,7 @@
-"""How far each block of a model sees, as its config says it before there is a weight: as the model itself does it."""
+"""How far each block of a model sees, as its config says before there is a weight.
+
+The model itself does the same.
+"""
 
 from typing import Any
 

@@ -1,4 +1,7 @@
-"""Features in the recipe: what cannot be captured or matched, said with its path; and an empty list is as none."""
+"""Features in the recipe: what cannot be captured or matched is said with its path.
+
+An empty list is as none.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -46,8 +49,8 @@ def written(folder: Path, **sections: Any) -> Path:
         (
             {"features": HIDDEN},
             {"features": [{"match": "hidden", "layers": {1: 0}}]},
-            "loss.features.0.layers: hidden of layer 1 of the teacher is not stored; score.features has "
-            "layers 0, 2",
+            "loss.features.0.layers: hidden of layer 1 of the teacher is not stored; "
+            "score.features has layers 0, 2",
         ),
         (
             {"features": [{"what": "queries", "layers": [0]}, {"what": "keys", "layers": [1]}]},

@@ -1,4 +1,7 @@
-"""Recipes: every mistake gets its file, line, dotted path and a way out; every shipped recipe is valid."""
+"""Recipes: every mistake gets its file, line, dotted path and a way out.
+
+Every shipped recipe is valid.
+"""
 
 import re
 from pathlib import Path
@@ -40,9 +43,9 @@ def test_a_misspelt_key_is_refused_with_line_and_nearest_key(
         for i, text in enumerate((tmp_path / "recipe.yaml").read_text().splitlines(), 1)
         if "rat:" in text
     )
-    assert (
-        message
-        == f"{tmp_path}/recipe.yaml:{line}: train.learning_rat: unknown key. Did you mean 'learning_rate'?"
+    assert message == (
+        f"{tmp_path}/recipe.yaml:{line}: train.learning_rat: unknown key. Did you mean "
+        "'learning_rate'?"
     )
 
 
@@ -172,7 +175,10 @@ def test_a_store_stands_for_teacher_and_data_or_for_neither(
 
 
 def test_stage_one_alone_says_nothing_of_a_student(tmp_path: Path, tree: dict[str, Any]) -> None:
-    """How many held-out tokens get reference targets is stage one's; the sections may stand there empty."""
+    """How many held-out tokens get reference targets is stage one's to say.
+
+    The sections of a student may stand there empty.
+    """
     del tree["student"], tree["train"]
     tree["evaluate"] = {"tokens": 50}
     path = tmp_path / "recipe.yaml"
@@ -183,9 +189,8 @@ def test_stage_one_alone_says_nothing_of_a_student(tmp_path: Path, tree: dict[st
     for setting in ("loss.hard_weight=0", "evaluate.baseline=true", "run.seed=1"):
         said = refusal(tmp_path, tree, setting)
         field = setting.partition("=")[0]
-        assert (
-            said
-            == f"--set {field}: has no meaning without `student` and `train`. Remove it, or add them"
+        assert said == (
+            f"--set {field}: has no meaning without `student` and `train`. Remove it, or add them"
         )
 
 

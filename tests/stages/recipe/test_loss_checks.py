@@ -28,7 +28,10 @@ def refusals(loss: dict[str, Any], score: dict[str, Any] | None) -> str:
 
 @pytest.mark.parametrize(("divergence", "tail"), list(product(DIVERGENCES, TAILS)))
 def test_the_whole_table(divergence: str, tail: str) -> None:
-    """Entries with a tail serve all; infinite ones and policies for a tail that is not there are refused."""
+    """Every loss can be had of entries with a tail.
+
+    Infinite ones are refused, and policies for a tail that is not there.
+    """
     infinite = divergence in ("reverse_kl", "adaptive_kl") and tail in ("drop", "to_label")
     named: dict[str, Any] = {"divergence": divergence, "tail": tail}
     for score in ({"targets": "topk"}, {"targets": "topp", "p": 0.9}):

@@ -1,4 +1,7 @@
-"""Several teachers in a recipe: what cannot work together is refused by name, and one plain entry is as `teacher`."""
+"""Several teachers in a recipe: what cannot work together is refused by name.
+
+One plain entry is as `teacher`.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -63,7 +66,8 @@ def two(folder: Path, first: dict[str, Any], second: dict[str, Any]) -> list[dic
         (
             {},
             {"loss": {"teacher_weights": "entropy"}, "score": {"k": 4, "engine": "vllm"}},
-            "loss.teacher_weights: weighs by the entropy, of which the best entries of engine 'vllm'",
+            "loss.teacher_weights: weighs by the entropy, of which the best entries of engine "
+            "'vllm'",
         ),
         (
             {"weight": FADING},

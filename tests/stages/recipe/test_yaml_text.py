@@ -1,4 +1,7 @@
-"""Recipes that are meant to harm: each is refused, in file and in `--set`, before anything is made of it."""
+"""Recipes that are meant to harm are refused before anything is made of them.
+
+Each is tried in a file and in `--set`.
+"""
 
 from pathlib import Path
 

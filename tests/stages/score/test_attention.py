@@ -1,4 +1,7 @@
-"""Queries, keys and values in the pass of scoring: attention rebuilt from what is stored, and what is refused."""
+"""Queries, keys and values in the pass of scoring.
+
+Attention is rebuilt from what is stored, and it is tested what is refused.
+"""
 
 import re
 from collections.abc import Sequence
@@ -144,7 +147,10 @@ def test_a_teacher_with_sinks_is_refused_by_name_before_anything_runs(tmp_path: 
 
 
 def test_the_plan_says_what_grouped_queries_and_keys_take(tmp_path: Path) -> None:
-    """In 16 bits where the recipe says nothing: of 4 heads of 4 numbers, and of 2 that they share."""
+    """They are in 16 bits where the recipe says nothing.
+
+    Queries are of 4 heads of 4 numbers, keys of 2 that they share.
+    """
     teacher = teacher_of(tmp_path / "teacher", "llama")
     recipe = recipe_of(tmp_path, teacher, multiplied("queries", "keys", bits=None, layers=[1]))
     assert any(note.startswith("features: 48 bytes a token") for note in make_plan(recipe).notes)

@@ -1,4 +1,7 @@
-"""Soft targets by vLLM's reading: those of transformers, with tails and entropies within what is said of them."""
+"""Soft targets by vLLM's reading.
+
+They are those of transformers, with tails and entropies within what is said of them.
+"""
 
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -28,7 +31,8 @@ VOCABULARY = 512
 ENTRIES = 1e-3
 """Nats; set before it was measured. Found: 2e-5."""
 LENGTHS = (512, 2, 131, 40, 300)
-"""The whole context; the least; beyond vLLM's blocks of 128, which its cache of prompts is made of."""
+"""The whole context; the least; and lengths beyond vLLM's blocks of 128, which its cache of prompts
+is made of."""
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +71,10 @@ def models(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[M
 
 
 def assert_entries_alike(found: list[Read], right: list[Read], truths: list[np.ndarray]) -> None:
-    """The same ids, ties aside, with the same log-probabilities; what is there, and what is outside."""
+    """The same ids, ties aside, have the same log-probabilities.
+
+    It is compared what is there, and what is outside.
+    """
     for one, other, truth in zip(found, right, truths, strict=True):
         mine, theirs = one.targets, other.targets
         n = len(mine.entropy)
@@ -157,7 +164,10 @@ def test_a_shift_by_one_position_fails(
 
 
 def test_a_stale_prefix_fails(models: Models, texts: list[list[int]], monkeypatch: Any) -> None:
-    """Told to read its cache under prompt log-probabilities, vLLM gives memory that nothing was written to."""
+    """Told to read its cache under prompt log-probabilities, vLLM gives unwritten memory.
+
+    Nothing was written to it.
+    """
     kept = Kept(kind="topk", k=16)
     right = models.alone(texts, kept)
     truths = [log_softmax(models.hf.model, text) for text in texts]
@@ -173,9 +183,11 @@ def test_a_stale_prefix_fails(models: Models, texts: list[list[int]], monkeypatc
 def test_rows_with_an_adapter_are_its_own_and_those_without_the_bases(
     models: Models, texts: list[list[int]], tmp_path: Path
 ) -> None:
-    """In one batch vLLM on a CPU would mix them up, and several prompts with an adapter would end it.
+    """In one batch vLLM on a CPU would mix them up.
 
-    The last test: the second engine, as it goes, takes along what the first one needs.
+    Several prompts with an adapter would end it.
+
+    This is the last test: the second engine, as it goes, takes along what the first one needs.
     """
     folder = models.identity.folder
     adapter = save_random_adapter(tmp_path / "adapter", folder, rank=32)

@@ -1,4 +1,7 @@
-"""The teacher's embeddings: kept once, in the pass that scores, and where all rows are there already."""
+"""The teacher's embeddings.
+
+They are kept once, in the pass that scores, and where all rows are there already.
+"""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,4 +1,8 @@
-"""Rows of several engines in one store: which one scores, whose rows serve, what is said of them; another one reads."""
+"""Rows of several engines in one store.
+
+It is tested which one scores, whose rows are reused, what is said of them, and that another one
+reads.
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -106,7 +110,10 @@ def test_rows_by_vllm_teach_and_are_those_of_transformers(
 def test_the_first_worker_decides_for_all(
     teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where transformers does not load the teacher vLLM reads; a worker where it does then asks vLLM too."""
+    """Where transformers does not load the teacher, vLLM reads.
+
+    A worker where it does then asks vLLM too.
+    """
     opened = in_place_of_vllm(monkeypatch)
     recipe = write(tmp_path, teacher, None)
     stillroom("run", recipe, "--until", "generate")
@@ -135,7 +142,10 @@ def test_the_first_worker_decides_for_all(
 def test_what_vllm_does_not_run_is_not_handed_to_it(
     teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a teacher that bitsandbytes quantises the failure of transformers is said, and not vLLM's refusal."""
+    """The teacher is one that bitsandbytes quantises.
+
+    The failure of transformers is told, and not vLLM's refusal.
+    """
     opened = in_place_of_vllm(monkeypatch)
     monkeypatch.setattr("stillroom.stages.engines.opening.by_bitsandbytes", lambda parts: True)
     recipe = write(tmp_path, teacher, None)
@@ -172,7 +182,10 @@ def of_two(folder: Path, teachers: dict[str, Path], engine: str | None, **sectio
 def test_what_needs_exact_tails_takes_other_rows_than_those_of_bounds(
     teacher: Path, tiny_llama: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Weights by entropy ask for them, the report of teachers takes them where they are, and else says so."""
+    """Weights by entropy ask for exact tails.
+
+    The report of teachers takes them where they are, and else says so.
+    """
     in_place_of_vllm(monkeypatch)
     two = {"a": teacher, "b": tiny_llama("other", seed=1)}
     stillroom("run", of_two(tmp_path, two, "vllm"), "--until", "score")
@@ -198,7 +211,10 @@ def test_what_needs_exact_tails_takes_other_rows_than_those_of_bounds(
 def test_room_is_made_for_texts_that_the_teacher_reads(
     teacher: Path, tiny_llama: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another teacher may read less than the one that writes: what is longer is a reject, and needs no room."""
+    """Another teacher may read less than the one that writes.
+
+    What is longer is a reject, and needs no room.
+    """
     opened = in_place_of_vllm(monkeypatch)
     two = {"a": teacher, "b": tiny_llama("other", seed=1, max_position_embeddings=12)}
     recipe = of_two(tmp_path, two, "vllm")
@@ -212,7 +228,10 @@ def test_room_is_made_for_texts_that_the_teacher_reads(
 def test_another_texts_distributions_are_found_by_deep_verification(
     teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What an engine got wrong by a position, the tokens' own log-probabilities too, is off and named."""
+    """What an engine got wrong by a position is off and named.
+
+    The tokens' own log-probabilities are wrong too.
+    """
     opened = in_place_of_vllm(monkeypatch)
     right = ReadByHf.read
     monkeypatch.setattr(

@@ -1,4 +1,7 @@
-"""Features in the forward pass of scoring: what is stored, what is reused, what is missing and made."""
+"""Features in the forward pass of scoring.
+
+It is tested what is stored, what is reused, what is missing and made.
+"""
 
 import os
 import subprocess
@@ -35,7 +38,10 @@ SUPPORT = str(Path(__file__).parents[2] / "support")
 
 
 class Scored:
-    """A recipe whose text the teacher wrote; scored with what features it names, as often as it is asked to."""
+    """A recipe whose text the teacher wrote.
+
+    It is scored with what features it names, as often as it is asked to.
+    """
 
     def __init__(self, folder: Path, teacher: Path) -> None:
         self.folder, self.teacher = folder, teacher
@@ -77,7 +83,7 @@ def features_of(store: Store) -> dict[tuple[bytes, int, str], dict[str, Any]]:
 
 
 def trained_texts(store: Store) -> dict[bytes, np.ndarray]:
-    """Of the rows to train on; those to judge have whole distributions."""
+    """The token ids of the texts to train on; those to judge have whole distributions."""
     rows = [row for row in rows_of(store) if row["kind"] == "topk"]
     return {text_key(row["token_ids"]): row["token_ids"] for row in rows}
 
@@ -262,7 +268,10 @@ def test_the_plan_says_bytes_a_token(scored: Scored) -> None:
 
 @pytest.mark.parametrize(("bits", "said"), [(8, 388), (16, 768)])
 def test_a_file_takes_what_the_plan_says(tmp_path: Path, bits: int, said: int) -> None:
-    """Windows of text, D = 384; what is said is of the features' numbers, and holds within a tenth for the file."""
+    """Windows of text, with D = 384.
+
+    What is said is of the features' numbers, and holds within a tenth for the file.
+    """
     teacher = save_tiny_llama(tmp_path / "teacher", hidden_size=384, intermediate_size=16)
     rng = np.random.default_rng(0)
     source = write_jsonl(
@@ -337,7 +346,10 @@ score.run(job, teacher)
 def test_killed_between_its_commits_nothing_is_lost_and_nothing_is_there_twice(
     scored: Scored, table: str, moment: str, features: list[dict[str, Any]]
 ) -> None:
-    """Targets and features of a text come in commits of their own: either may be there without the other."""
+    """Targets and features of a text come in commits of their own.
+
+    Either may be there without the other.
+    """
     rows = 2 if features[0]["what"] == "pooled" else 4
     storage = {"dir": str(scored.folder / "store"), "commit_rows": rows}
     recipe = scored.recipe(features, storage=storage)

@@ -1,4 +1,7 @@
-"""Killed at every step of writing features, embeddings and targets, again and again: nothing is lost or there twice."""
+"""Killed at every step of writing features, embeddings and targets, again and again.
+
+Nothing is lost or there twice.
+"""
 
 import os
 from collections.abc import Callable
@@ -29,7 +32,10 @@ STEPS = 5
 
 
 def score_until(recipe: Recipe, links: int, *, after: bool) -> int:
-    """Do all stages in a process that is killed at so many links; its exit code, negative where it was."""
+    """Do all stages in a process that is killed at so many links.
+
+    Its exit code is returned, negative where it was killed.
+    """
 
     def work() -> None:
         link, made = LocalFiles._link, []

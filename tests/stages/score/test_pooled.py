@@ -1,4 +1,7 @@
-"""Pooled states in the forward pass of scoring: one vector a text, what it takes, and when it means nothing."""
+"""Pooled states in the forward pass of scoring.
+
+It is tested for one vector a text, what it takes, and when it means nothing.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -57,7 +60,7 @@ def found_in(store: Store) -> dict[tuple[bytes, str], np.ndarray]:
 
 
 def of_definition(states: torch.Tensor) -> dict[str, np.ndarray]:
-    """Of the states [T, D] of one text, read alone."""
+    """The pooled vectors of the states [T, D] of one text, read alone."""
     exact = states.double().numpy()
     return {
         "pooled_cls": exact[0],

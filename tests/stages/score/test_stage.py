@@ -1,4 +1,7 @@
-"""Stage score: what is stored is the teacher's own distribution at the right positions, whatever the batch."""
+"""Stage score.
+
+What is stored is the teacher's own distribution at the right positions, whatever the batch.
+"""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -112,7 +115,10 @@ def test_targets_are_the_teachers_distribution_one_position_before_each_token(
 def test_a_row_of_three_spans_has_the_targets_of_three_rows(
     tmp_path: Path, tiny_llama: Callable[..., Path], kind: str
 ) -> None:
-    """Each span as if what precedes it were a prompt of its own; what stands between is scored in neither."""
+    """Each span is scored as if what precedes it were a prompt of its own.
+
+    What stands between is scored in neither.
+    """
     _, job, identity = prepared(tmp_path, tiny_llama(initializer_range=0.5))
     rounds = 4000
     kept = {

@@ -51,7 +51,7 @@ def test_token_0_is_never_scored(spans):
 
 
 def test_by_hand_a_class_is_said_at_its_words_first_token():
-    """[CLS] EU re ##ject it [SEP]: nothing is shifted, and the second token of a word has no target."""
+    """[CLS] EU re ##ject it [SEP]: nothing is shifted; a word's second token has no target."""
     spans = spans_at(np.array([1, 2, 4]))
     assert spans.tolist() == [[1, 2], [4, 1]]
     assert target_positions(spans, HEADS["token_classes"]).tolist() == [1, 2, 4]

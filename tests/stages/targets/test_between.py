@@ -1,4 +1,7 @@
-"""How far two stored distributions are apart, against the sum over outcomes as it is defined, by loops, in float64."""
+"""How far two stored distributions are apart.
+
+It is compared with the sum over outcomes as it is defined, by loops, in float64.
+"""
 
 import math
 from itertools import product

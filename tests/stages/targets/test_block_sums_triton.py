@@ -1,4 +1,7 @@
-"""The kernel `block_sums` against float64 and against plain torch: on a GPU as it is, else interpreted."""
+"""The kernel `block_sums` against float64 and against plain torch.
+
+It runs on a GPU where there is one, else interpreted.
+"""
 
 import os
 

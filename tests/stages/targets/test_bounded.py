@@ -1,4 +1,7 @@
-"""The best entries alone: the tail is within its bound and the entropy no more than it is, by float64's definition."""
+"""The best entries alone: the tail is within its bound, and the entropy no more than it is.
+
+The definition is that of float64.
+"""
 
 import numpy as np
 import pytest
@@ -52,7 +55,10 @@ def test_tails_and_entropies_are_within_what_is_said(seed: int, sharp: float, ke
 
 
 def test_the_token_that_is_there_bounds_a_tail_that_float32_hides() -> None:
-    """Entries that sum to 1 in float32: of what is outside one token is known, and the tail has no less."""
+    """Entries sum to 1 in float32. Of what is outside one token is known.
+
+    The tail has no less than that.
+    """
     logits = np.full((2, V), -30.0)
     logits[:, 0], logits[:, 1] = 20.0, 3.0
     best, _ = best_of(logits, 1, np.array([1, 0]))

@@ -1,4 +1,6 @@
-"""Soft targets from hidden states: equal to a float64 log-softmax of the same logits, whatever chunk, block and batch.
+"""Soft targets from hidden states equal a float64 log-softmax of the same logits.
+
+They do whatever chunk, block and batch.
 
 Sampled targets are checked against the distribution they are drawn from: its mean exactly so far as
 chance allows, and the numbers that a Zipf distribution fixes.
@@ -128,7 +130,10 @@ def test_chunks_change_nothing_and_bound_the_logits(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_tail_far_below_what_float32_can_add_to_the_entries_is_exact() -> None:
-    """Sums per block are relative to the block's own maximum: e^-300 is no number of float32, its logarithm is."""
+    """Sums per block are relative to the block's own maximum.
+
+    e^-300 is no number of float32, its logarithm is.
+    """
     logits = torch.full((300, 1), -300.0)
     logits[7] = 0.0
     logits[290:] = -torch.inf
@@ -262,7 +267,10 @@ TEMPERATURES = (0.5, 1.5, 2.0, 4.0)
 def test_a_tempered_distribution_is_the_dense_one_to_the_rounding(
     kind: str, v: int, k: int, bits: int, block: int, seed: int
 ) -> None:
-    """Against softmax(z / T) in float64: entries, tail and normaliser; each rounded number moves by its own share."""
+    """Entries, tail and normaliser are those of softmax(z / T) in float64.
+
+    Each rounded number moves by its own share.
+    """
     n, k = 7, min(k, v)
     hidden, head, following, truth = case(n, 5, v, scale=1.0, seed=seed)
     kept = Kept(
@@ -359,7 +367,10 @@ def test_topp_keeps_the_fewest_that_hold_p_and_the_rest_exactly(
 def test_the_mean_of_sampled_targets_is_the_teacher(
     draw: str, proposal: float, at: tuple[float, ...]
 ) -> None:
-    """4,000 positions of one distribution; every id within its share of 3 standard errors, most within them."""
+    """4,000 positions have one distribution.
+
+    Every id is within its share of 3 standard errors, most within one share.
+    """
     n, v = 4000, 40
     hidden, head, following, teacher = zipf(v, n)
     truth = teacher if not at else teacher ** (1 / at[0]) / (teacher ** (1 / at[0])).sum()
@@ -404,7 +415,10 @@ def test_systematic_counts_are_rounded_up_or_down_and_vary_less() -> None:
 
 
 def test_the_exact_numbers_of_zipf() -> None:
-    """V = 100,000: the head's mass, and the ids that 4, 13 and 50 draws are expected to hit, sum of 1 - (1 - p)^R."""
+    """V = 100,000: the head's mass, and the ids that 4, 13 and 50 draws are expected to hit.
+
+    That is the sum of 1 - (1 - p)^R.
+    """
     hidden, head, following, truth = zipf(100_000, 300)
     best = soft_targets(hidden[:1], head, following[:1], kept=topk(20))
     kept = np.exp(best.logprobs[0], dtype=np.float64)

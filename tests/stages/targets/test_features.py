@@ -1,4 +1,7 @@
-"""States of blocks: those of plain transformers, bit by bit alone, and the same whatever stands beside a row."""
+"""States of blocks are those of plain transformers, bit by bit for a row alone.
+
+They are the same whatever stands beside a row.
+"""
 
 from typing import Any
 
@@ -126,7 +129,7 @@ def test_a_model_whose_blocks_hand_on_something_else_is_refused() -> None:
     model = model_of("llama")
 
     class Wrapped(nn.Module):
-        """Hands its states on in another shape than it is given them, as a model with streams does."""
+        """A block that hands on states in another shape, as a model with streams does."""
 
         def __init__(self, block: nn.Module) -> None:
             super().__init__()

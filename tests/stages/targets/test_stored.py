@@ -1,4 +1,7 @@
-"""From stored targets to what the loss takes: fewer entries, other temperatures, against a softmax over all ids."""
+"""From stored targets to what the loss takes: fewer entries, other temperatures.
+
+They are compared with a softmax over all ids.
+"""
 
 import math
 from dataclasses import replace
@@ -99,7 +102,10 @@ def test_fewer_entries_at_any_stored_temperature(temperature, asked, have):
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("have", [9, None])
 def test_topp_of_what_is_stored_as_topk_or_full(temperature, have):
-    """The fewest best entries that reach the mass at temperature 1, within bounds; the bounds are met somewhere."""
+    """The fewest best entries that reach the mass at temperature 1 are kept, within bounds.
+
+    The bounds are met somewhere.
+    """
     p = np.sort(np.exp(log_softmax(Z)), axis=1)[:, ::-1]
     widths = [int(np.clip((row.cumsum() < 0.7).sum() + 1, 2, 4)) for row in p]
     assert {2, 4} <= set(widths)
@@ -185,7 +191,10 @@ class TestSampled:
 
     @pytest.mark.parametrize(("drawn", "asked"), [(None, 2.0), (2.0, 1.0), (2.0, 3.0)])
     def test_no_temperature_but_the_one_they_were_drawn_at(self, drawn, asked):
-        message = rf"loss\.temperature: is {asked:g}, but the sampled targets were drawn at {drawn or 1:g}"
+        message = (
+            rf"loss\.temperature: is {asked:g}, "
+            rf"but the sampled targets were drawn at {drawn or 1:g}"
+        )
         with pytest.raises(UsageError, match=message):
             read(sampled(drawn), temperature=asked)
 

@@ -1,4 +1,7 @@
-"""Tail policies, temperatures and sampled targets: against their definitions, and what they teach in the end."""
+"""Tail policies, temperatures and sampled targets, against their definitions.
+
+It also shows what they teach in the end.
+"""
 
 import math
 from itertools import product
@@ -55,7 +58,7 @@ def distilled(hidden, weight, targets, objective, **more):
 
 
 def definition(hidden, weight, teacher, targets, objective):
-    """(soft [N], hard [N], gradients), float64, token by token, over the whole vocabularies of both."""
+    """(soft [N], hard [N], gradients), float64, token by token, over both whole vocabularies."""
     leaves = [x.detach().double().requires_grad_() for x in (hidden, weight)]
     scale, settings = (
         objective.temperature,
@@ -92,7 +95,10 @@ def test_value_and_gradient_equal_the_definition(divergence, tail, temperature):
 
 @pytest.mark.parametrize(("divergence", "tail"), PERMITTED)
 def test_finite_where_nothing_is_outside(divergence, tail):
-    """Kept mass 1.0 exactly, by a tail of -inf and by one that float32 rounds away, K = 1 and K = V; absent entries."""
+    """Kept mass is 1.0 exactly, by a tail of -inf and by one that float32 rounds away.
+
+    K is 1 and V; some entries are absent.
+    """
     logits = normal(3, V).requires_grad_()
     for k, tail_logprob in product((1, V), (-math.inf, -200.0)):
         ids = torch.arange(k).expand(3, k).clone()
@@ -117,7 +123,10 @@ def test_finite_where_nothing_is_outside(divergence, tail):
 
 @pytest.mark.parametrize(("divergence", "tail"), PERMITTED)
 def test_only_moving_the_tail_keeps_the_loss_from_zero_at_equality(divergence, tail):
-    """A student that is the teacher has nothing to learn of bucket or ratios, and is pushed off by the others."""
+    """A student that is the teacher has nothing to learn of bucket or ratios.
+
+    The other policies push it off.
+    """
     logits = normal(N, V)
     for k, temperature in product((2, 5), (1.0, 2.0)):
         targets = targets_of(logits, k, temperature)
@@ -145,7 +154,10 @@ def test_full_targets_have_no_tail_to_treat(divergence, tail):
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_temperature_counts_squared(divergence):
-    """Once in the value, as its own power; and in the gradient, which does not vanish at high temperatures."""
+    """It counts once in the value, as its own power, and once in the gradient.
+
+    So the gradient does not vanish at high temperatures.
+    """
     logits, teacher = normal(N, V).requires_grad_(), normal(N, V, seed=3)
     targets = targets_of(teacher, 4, 3.0)
     warm = logits_distillation(
@@ -291,7 +303,10 @@ class TestZipf:
         assert float(target[self.K :].max()) < 1e-6
 
     def test_to_label_moves_the_tail_to_the_head_in_the_mean(self, teacher):
-        """Over labels drawn from the teacher: t (2 - a) for entries, t (1 - a) outside, a the kept mass."""
+        """Over labels drawn from the teacher entries get t (2 - a), the others t (1 - a).
+
+        a is the kept mass.
+        """
         kept = float(teacher[: self.K].sum())
         targets = self.taught(teacher, "to_label", [*range(self.K), 777])
         chance = torch.cat([teacher[: self.K], torch.tensor([1 - kept], dtype=torch.float64)])

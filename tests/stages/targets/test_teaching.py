@@ -1,4 +1,7 @@
-"""Several teachers of one text: an exact mixture, pooled draws without a bias, weights of each token."""
+"""Several teachers of one text: an exact mixture, pooled draws without a bias.
+
+Each token has weights of its own.
+"""
 
 import numpy as np
 import pytest

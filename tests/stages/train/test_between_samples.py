@@ -1,4 +1,7 @@
-"""Losses between samples in training: their definitions with the teacher live, over groups that no pass splits."""
+"""Losses between samples in training.
+
+They are their definitions with the teacher live, over groups that no pass splits.
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -217,7 +220,10 @@ DEFINED: dict[str, list[tuple[float, Callable[[Tensor, Tensor], Tensor], Any]]] 
 
 
 class Encoders:
-    """A teacher whose texts are pooled in float32 and in float16, and a student of half its width."""
+    """A teacher whose texts are pooled in float32 and in float16.
+
+    The student has half its width.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.teacher = folder, save_tiny_bert(folder / "teacher", num_hidden_layers=3)
@@ -278,7 +284,10 @@ def encoders(tmp_path_factory: pytest.TempPathFactory) -> Encoders:
 
 
 def matched(passes: Passes, samples: list[Sample], student: Any) -> tuple[float, Tensor]:
-    """What is matched of a step, each part over its terms, and the gradient of the student's embeddings."""
+    """What is matched of a step, each part over its terms.
+
+    The gradient of the student's embeddings comes with it.
+    """
     assert passes.matching is not None
     counts = np.maximum(passes.counts(samples), 1)
     weights = np.array(passes.matching.weights([1.0])) / counts
@@ -300,7 +309,10 @@ def matched(passes: Passes, samples: list[Sample], student: Any) -> tuple[float,
 def test_each_is_its_definition_with_the_teacher_live(
     encoders: Encoders, match: str, pooling: str
 ) -> None:
-    """In float64, value and gradient; from float32 rows to rounding, from float16 within what the rows state."""
+    """Value and gradient are compared in float64.
+
+    From float32 rows they agree to rounding, from float16 within what the rows state.
+    """
     loss = asked(match, pooling, layers={1: 0}) | ({"temperature": T} if match == "infonce" else {})
     passes, samples = encoders.passes(32, loss, tokens=60)
     assert len(list(passes.batches(samples))) > 1

@@ -1,4 +1,8 @@
-"""Classification: the teacher's classes in the store, the loss, training, evaluation, kinds of students."""
+"""Classification.
+
+It is tested for the teacher's classes in the store, the loss, training, evaluation, and kinds of
+students.
+"""
 
 import json
 from collections import Counter
@@ -117,7 +121,10 @@ class TestStore:
         )
 
     def test_a_label_that_is_put_right_is_another_row(self, tmp_path: Path) -> None:
-        """What the teacher says of the text is the same; a row that kept the old label would teach the mistake."""
+        """What the teacher says of the text is the same.
+
+        A row that kept the old label would teach the mistake.
+        """
         rows = records(20)
         world = World(tmp_path, save_tiny_bert(tmp_path / "teacher"), rows).scored()
         rows[0]["label"] = CLASSES.index("bad") if rows[0]["label"] != 0 else 1
@@ -245,7 +252,10 @@ class TestTraining:
 
 class TestWithoutLabels:
     def test_half_labelled_texts_are_trained_on_and_said(self, tmp_path: Path) -> None:
-        """A column that is absent, a null, -1 as data sets hide labels: all of these are no label."""
+        """A column that is absent, a null, and -1 as data sets hide labels.
+
+        All of these are no label.
+        """
         rows = [without(row, n) for n, row in enumerate(records(60))]
         world = World(tmp_path, save_tiny_bert(tmp_path / "teacher"), rows).scored()
         job = world.job(tmp_path)
@@ -435,7 +445,10 @@ def test_samples_carry_labels(world: World) -> None:
 
 @pytest.mark.assets
 def test_real_sentences_with_a_real_tokenizer(assets: Path, tmp_path: Path) -> None:
-    """sst2 has text and label (int32) in Parquet; the tokenizer is BERT's, the teacher a small random one."""
+    """sst2 has text and label (int32) in Parquet.
+
+    The tokenizer is BERT's, and the teacher is a small random one.
+    """
     import pyarrow.parquet as pq
 
     tokenizer = AutoTokenizer.from_pretrained(assets / "models" / "tokenizer-bert-base-uncased")

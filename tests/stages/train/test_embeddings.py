@@ -1,4 +1,7 @@
-"""Training that matches the teacher's embeddings: the definition, a live teacher, both tasks, and what is refused."""
+"""Training that matches the teacher's embeddings.
+
+It is tested for the definition, a live teacher, both tasks, and what is refused.
+"""
 
 import json
 from pathlib import Path
@@ -30,7 +33,10 @@ ASKED = [{"match": "embeddings", "weight": 0.5}]
 @pytest.mark.numeric
 @pytest.mark.parametrize("width", [3, 4])
 def test_a_pass_is_summed_over_all_its_tokens(width: int) -> None:
-    """Of two samples in float16 against their definition in float64, value and gradient; with a map and without."""
+    """A pass of two samples in float16 is compared with its definition in float64.
+
+    Value and gradient agree, with a map and without.
+    """
     rng = np.random.default_rng(0)
     teacher = rng.normal(size=(9, 4)).astype(np.float16)
     student = torch.from_numpy(rng.normal(size=(11, width))).float().requires_grad_()
@@ -66,7 +72,10 @@ def test_a_pass_is_summed_over_all_its_tokens(width: int) -> None:
 
 
 class LiveEmbeddings:
-    """The embeddings of a text's tokens: transformers shows them as `hidden_states[0]` of a Llama."""
+    """The embeddings of a text's tokens.
+
+    Transformers shows them as `hidden_states[0]` of a Llama.
+    """
 
     every_token = True
 

@@ -1,4 +1,7 @@
-"""Training from the store is training with the live teacher: the same losses step by step, the same student."""
+"""Training from the store is training with the live teacher.
+
+The losses are the same step by step, and so is the student.
+"""
 
 import json
 from dataclasses import dataclass
@@ -62,7 +65,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 def stored_losses(job: Job) -> list[float]:
-    """Of every step of a training from the store."""
+    """The losses of every step of a training from the store."""
     train.run(job)
     summary = json.loads(LocalFiles(job.train_dirs["student"]).read("train.json"))
     assert len(summary["history"]) == summary["steps"], "every step has its place in the history"

@@ -1,4 +1,7 @@
-"""A student of a factory: refused without the flag, trained with it, the same after a stop, another when it changes."""
+"""A student of a factory.
+
+It is refused without the flag, trained with it, the same after a stop, and another when it changes.
+"""
 
 import json
 from pathlib import Path
@@ -30,7 +33,9 @@ from torch import nn
 class Net(nn.Module):
     def __init__(self, sides, classes, hidden):
         super().__init__()
-        self.body = nn.Sequential(nn.Flatten(), nn.Linear(sides, hidden), nn.BatchNorm1d(hidden), nn.ReLU())
+        self.body = nn.Sequential(
+            nn.Flatten(), nn.Linear(sides, hidden), nn.BatchNorm1d(hidden), nn.ReLU()
+        )
         self.head = nn.Linear(hidden, classes)
         self.register_buffer("mean", torch.zeros(hidden))  # that no norm of torch's keeps
         self.drawn = torch.randn(hidden)  # which no file of weights holds
@@ -149,7 +154,7 @@ def test_one_is_named_by_the_code_that_was_run(tmp_path: Path) -> None:
 
 
 def identity(code: Path, **args: Any) -> str:
-    """Of a student that a file's function makes."""
+    """The identity of a student that a file's function makes."""
     return factory_id(factory_files(Student(factory=f"{code}:net", args=args)))
 
 

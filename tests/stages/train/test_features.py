@@ -1,4 +1,7 @@
-"""Training that matches hidden states: the same as with the live teacher, goes on exactly, and leaves no map behind."""
+"""Training that matches hidden states.
+
+It is the same as with the live teacher, goes on exactly, and leaves no map behind.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -115,7 +118,7 @@ def test_a_training_that_was_stopped_goes_on_with_its_maps(causal: Causal, tmp_p
 def test_the_baseline_reads_no_features_and_has_the_same_start_and_order(
     causal: Causal, tmp_path: Path
 ) -> None:
-    """As without features; and the student's own start is the same with them."""
+    """The baseline is as without features, and the student's own start is the same with them."""
     evaluate = {"baseline": True}
     with_features = causal.job(tmp_path / "a", train={"epochs": 1}, evaluate=evaluate)
     without = causal.job(
@@ -282,7 +285,7 @@ def test_a_shard_that_was_sealed_with_a_fault_is_refused_before_training(
 def test_a_feature_that_two_rows_of_the_snapshot_have_is_refused(
     causal: Causal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In shards of their own, each of which is sound."""
+    """The rows are in shards of their own, each of which is sound."""
     (row, *_) = rows_of(causal.store, "features")
     other = row | {"key": b"other" + row["key"][5:]}
     store = copied(causal.store, tmp_path / "store", lambda row: row)
@@ -300,7 +303,10 @@ def test_a_feature_that_two_rows_of_the_snapshot_have_is_refused(
 def test_a_student_that_begins_with_the_teacher_s_layers_has_their_states(
     causal: Causal, tmp_path: Path
 ) -> None:
-    """Its first blocks are the teacher's, so nothing is missing before the first step; and they need no map."""
+    """The student's first blocks are the teacher's.
+
+    So nothing is missing before the first step, and they need no map.
+    """
     student = {"config": None, "from_teacher_layers": [0, 1]}
     loss = {"features": [{"match": "hidden", "layers": {0: 0, 1: 1}}]}
     job = causal.job(tmp_path / "run", student=student, loss=loss, train={"epochs": 1})
@@ -369,7 +375,7 @@ def test_an_encoder_is_compared_at_every_token(tmp_path: Path) -> None:
 
 
 def test_an_adapter_is_trained_beside_the_maps(causal: Causal, tmp_path: Path) -> None:
-    """Of a student with blocks of another width, whose own weights stay."""
+    """The student has blocks of another width, and its own weights stay."""
     base = save_tiny_llama(tmp_path / "base", seed=3, hidden_size=8)
     student = {"model": str(base), "config": None, "lora": {"rank": 2}}
     summary = trained(causal.job(tmp_path / "run", student=student, train={"epochs": 1}))

@@ -49,7 +49,10 @@ def one(lengths, start=2):
 
 
 def counted(model, step, *, checkpointed=False):
-    """What torch counts of forward and backward, each sample alone, the head at its scored positions."""
+    """What torch counts of forward and backward.
+
+    Each sample is alone, and the head runs at its scored positions.
+    """
     if checkpointed:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
@@ -151,7 +154,7 @@ def test_elsewhere_it_is_measured_and_says_so():
 
 
 def test_a_product_that_takes_long_is_timed_once(monkeypatch):
-    """Of bfloat16 on a CPU that has none, say: a training would begin ten seconds later."""
+    """One is bfloat16 on a CPU that has none: a training would begin ten seconds later."""
     seconds = count(step=2)
     clock = SimpleNamespace(perf_counter=lambda: next(seconds))
     monkeypatch.setattr(flops, "time", clock)

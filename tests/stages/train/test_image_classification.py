@@ -1,4 +1,8 @@
-"""Image classification: a distribution for each image in the store, its loss, a student that goes on, refusals."""
+"""Image classification.
+
+It is tested for a distribution for each image in the store, its loss, a student that goes on, and
+refusals.
+"""
 
 import json
 import struct
@@ -175,7 +179,10 @@ class TestLoss:
     def test_it_is_the_definition_summed_over_images(
         self, world: Pictures, images_per_pass: int
     ) -> None:
-        """KL at temperature 2, T^2 times it, and cross-entropy where there is a label; whoever shares a pass."""
+        """KL at temperature 2, T^2 times it, and cross-entropy where there is a label.
+
+        It is so whoever shares a pass.
+        """
         model = AutoModelForImageClassification.from_pretrained(
             save_tiny_resnet(world.folder / "other", seed=3)
         ).eval()

@@ -44,13 +44,16 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Hidden:
 
 
 def masks(rule: str = "bert") -> Masks:
-    """Of a vocabulary of 1000 ids, the first five special, 4 the mask token."""
+    """Masks of a vocabulary of 1000 ids, the first five special, 4 the mask token."""
     return Masks(rule=rule, mask=4, special=np.arange(5), others=np.arange(5, 1000))
 
 
 class TestMasks:
     def test_shares_are_those_of_the_rule(self) -> None:
-        """15 of 100 hidden; of these 80 the mask token, 10 another, 10 themselves: within six standard errors."""
+        """15 of 100 are hidden.
+
+        Of these 80 are the mask token, 10 another, 10 themselves, within six standard errors.
+        """
         rng = np.random.default_rng(0)
         ids = [np.concatenate([[2], rng.integers(5, 1000, 100), [3]]) for _ in range(400)]
         found = [masks().hide(one) for one in ids]
@@ -178,7 +181,10 @@ class TestStore:
 @pytest.mark.numeric
 @pytest.mark.parametrize("family", FAMILIES)
 def test_states_are_behind_the_transform_whatever_the_family(family: str, tmp_path: Path) -> None:
-    """Logits of states and output layer are the model's own, padded rows included; the layer ran for no token."""
+    """Logits of states and output layer are the model's own, padded rows included.
+
+    The layer ran for no token.
+    """
     model: Any = KIND.student(save_tiny_masked(tmp_path / family, family=family)).eval()
     ids = torch.arange(5, 25).reshape(2, 10)
     mask = torch.ones_like(ids)
@@ -202,7 +208,10 @@ def passes(world: Hidden, model: Any, tokens_per_pass: int) -> MaskedPacking:
 def test_the_loss_is_its_definition_summed_over_hidden_tokens(
     world: Hidden, tokens_per_pass: int
 ) -> None:
-    """T^2 KL over entries and bucket at T = 2, and cross-entropy with what was there; whoever shares a pass."""
+    """T^2 KL over entries and bucket at T = 2, and cross-entropy with what was there.
+
+    It is so whoever shares a pass.
+    """
     snapshot = world.plan().snapshots["train"]
     model = KIND.student(save_tiny_masked(world.folder / "student", seed=3)).eval()
     samples = list(Samples(world.store, snapshot, soft=True).read(0, 9))

@@ -1,4 +1,7 @@
-"""Training that matches relations of projected values: as with the live teacher, and never without their matrix."""
+"""Training that matches relations of projected values.
+
+It is as with the live teacher, and is never done without their matrix.
+"""
 
 import shutil
 from pathlib import Path

@@ -1,7 +1,9 @@
-"""Attention and relations of rows that are stored rounded: off from the live teacher by what the rows state, no more.
+"""Attention and relations of rows that are stored rounded.
 
-A row says how far its numbers X' together are from those of the teacher: |X' - X| = e |X|. So by the
-mean value theorem a function f of them is off by |grad f| e |X| at most, the gradient somewhere
+They are off from the live teacher by what the rows state, and by no more.
+
+A row says how far its numbers X' together are from those of the teacher: |X' - X| = e |X|. So by
+the mean value theorem a function f of them is off by |grad f| e |X| at most, the gradient somewhere
 between X and X'. The loss is such a function, and so is the student's gradient along any direction.
 """
 
@@ -140,7 +142,10 @@ def stored(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Stor
 
 
 def found(stored: Stored, asked: FeatureLoss) -> tuple[float, Tensor]:
-    """By the product: the mean over all tokens, and the gradient of the student's embeddings."""
+    """What the product finds.
+
+    It is the mean over all tokens, and the gradient of the student's embeddings.
+    """
     (pair,) = pairs_of([asked], stored.recipe.score.features, student_blocks=2)
     known = {"layouts": stored.source.layouts(), "student_width": 8, "seed": 0}
     passes = stored.passes(Matching(parts_of(pair, **known)))
@@ -186,7 +191,7 @@ def defined(asked: FeatureLoss, t: dict[str, Tensor], s: dict[str, Tensor], of: 
 
 
 def vectors(model: Any, block: int, inputs: dict[str, Tensor]) -> tuple[dict[str, Tensor], Any]:
-    """By kind [T, h d] float64, and how they are multiplied."""
+    """The vectors by kind, [T, h d] float64, and how they are multiplied."""
     with showing(model.double(), [("attention", block)]) as shown:
         model(**inputs)
     of = shown.attention(block)
@@ -196,7 +201,10 @@ def vectors(model: Any, block: int, inputs: dict[str, Tensor]) -> tuple[dict[str
 
 @dataclass(frozen=True)
 class Text:
-    """What the block of the teacher and that of the student multiply of a text, each [T, h d] by kind."""
+    """What the blocks of teacher and student multiply of a text.
+
+    Each is [T, h d] by kind.
+    """
 
     true: dict[str, Tensor]
     restored: dict[str, Tensor]
@@ -207,7 +215,10 @@ class Text:
     """|X' - X|, as the rows state it."""
 
     def most(self, asked: FeatureLoss, weight: Tensor, direction: Tensor) -> np.ndarray:
-        """How far the loss, and its gradient along a direction, are off at most: as steep as anywhere between."""
+        """How far the loss, and its gradient along a direction, are off at most.
+
+        They are as steep as anywhere between.
+        """
         shares = np.linspace(0, 1, 5)
         return np.max([self._off(asked, share, weight, direction) for share in shares], axis=0)
 
@@ -243,7 +254,10 @@ def text_of(world: Stored, sample: Sample) -> Text:
 def over(
     texts: list[Text], asked: FeatureLoss, weight: Tensor, *, shift: int = 0
 ) -> tuple[float, Tensor]:
-    """By definition: the mean over all tokens, and its gradient; the teacher's vectors may be some tokens on."""
+    """The mean over all tokens, and its gradient, by definition.
+
+    The teacher's vectors may be some tokens on.
+    """
     losses = [
         defined(asked, {k: x.roll(shift, 0) for k, x in text.true.items()}, text.mine, text.how)
         for text in texts

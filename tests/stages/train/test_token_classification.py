@@ -1,4 +1,8 @@
-"""Token classification: a distribution for each word in the store, the loss at its first token, what comes of it."""
+"""Token classification.
+
+It is tested for a distribution for each word in the store, the loss at its first token, and what
+comes of it.
+"""
 
 import json
 from dataclasses import replace
@@ -35,7 +39,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Words:
 
 
 def read(world: Words, text: str) -> tuple[Any, list[int]]:
-    """What transformers alone makes of a prompt's words: its encoding, and each word's first token."""
+    """What transformers alone makes of a prompt's words.
+
+    It is its encoding, and each word's first token.
+    """
     tokenizer = AutoTokenizer.from_pretrained(world.teacher)
     encoded = tokenizer(json.loads(text), is_split_into_words=True, return_tensors="pt")
     of = encoded.word_ids(0)
@@ -107,7 +114,10 @@ class TestLoss:
     def test_it_is_the_definition_summed_over_words(
         self, world: Words, tokens_per_pass: int
     ) -> None:
-        """KL at temperature 2, T^2 times it, and cross-entropy where there is a label; whoever shares a pass."""
+        """KL at temperature 2, T^2 times it, and cross-entropy where there is a label.
+
+        It is so whoever shares a pass.
+        """
         snapshot = world.plan().snapshots["train"]
         model = of_classes(TAGS).student(save_tiny_tagger(world.folder / "student", seed=3)).eval()
         samples = list(Samples(world.store, snapshot, soft=True).read(0, 12))
@@ -223,13 +233,17 @@ class TestRefusals:
 
         of_texts = {"model": str(save_tiny_bert(tmp_path / "texts"))}
         says = (
-            r"no token classification head \(config.json names BertForSequenceClassification, expected "
-            r"one that ends in ForTokenClassification\).* or set run.task to classification"
+            r"no token classification head \(config.json names BertForSequenceClassification, "
+            r"expected one that ends in ForTokenClassification\).* or set run.task to "
+            r"classification"
         )
         self.refused(world, says, teacher=of_texts)
         run = {"dir": str(tmp_path / "run"), "task": "classification"}
         data = {"source": str(world.source), "format": "labelled", "holdout": 2}
-        says = r"no classification head .*BertForTokenClassification.* run.task to token_classification"
+        says = (
+            r"no classification head .*BertForTokenClassification.* run.task to "
+            r"token_classification"
+        )
         self.refused(world, says, run=run, data=data)
 
     def test_a_teacher_that_was_not_trained_or_continues_text(

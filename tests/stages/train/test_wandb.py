@@ -1,4 +1,7 @@
-"""Weights & Biases when asked: one run for one student however often it goes on, and no training lost to it."""
+"""Weights & Biases when asked.
+
+There is one run for one student however often it goes on, and no training is lost to it.
+"""
 
 import json
 import sys
@@ -19,7 +22,10 @@ from stillroom.storage.errors import Stopped, UsageError
 
 @dataclass
 class FakeWandb:
-    """A stand-in at the edge of the package: what was asked of it, kept like its server keeps runs."""
+    """A stand-in at the edge of the package.
+
+    What was asked of it is kept like its server keeps runs.
+    """
 
     broken: str = ""
     """Which call fails."""
@@ -108,7 +114,8 @@ def test_it_gets_what_tensorboard_gets_in_one_run_also_when_stopped_and_gone_on(
 def test_a_training_goes_on_without_it(job: Job, wandb: FakeWandb, broken: str) -> None:
     wandb.broken = broken
     train.run(job)
-    said = [line for line in job.progress.said if line.startswith("wandb: ")]  # type: ignore[attr-defined]
+    progress: Any = job.progress
+    said = [line for line in progress.said if line.startswith("wandb: ")]
     assert said == ["wandb: ConnectionError: api.wandb.ai: no route: nothing more is sent to it"]
     assert json.loads((job.train_dirs["student"] / "train.json").read_text())["tokens"] >= 900
 

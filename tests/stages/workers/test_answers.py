@@ -1,4 +1,7 @@
-"""Answers on disk, and the budget that they are paid from: what a process leaves counts for the next one."""
+"""Answers on disk, and the budget that they are paid from.
+
+What a process leaves counts for the next one.
+"""
 
 from pathlib import Path
 

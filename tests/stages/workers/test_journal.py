@@ -1,4 +1,7 @@
-"""Journals: which rows a death puts under suspicion, and what it takes until a row is held to be what kills."""
+"""Journals: which rows a death puts under suspicion.
+
+It is tested what it takes until a row is held to be what kills.
+"""
 
 import os
 import subprocess
@@ -71,7 +74,10 @@ def test_a_row_is_alone_after_a_death_and_rejected_after_a_second_one_alone(tmp_
 
 
 def test_deaths_that_took_the_runner_along_weigh_half(tmp_path: Path) -> None:
-    """A kill -9 of everything, by whoever, changes nothing; the second with the same row is a reason to be careful."""
+    """A kill -9 of everything, by whoever, changes nothing.
+
+    The second with the same row is a reason to be careful.
+    """
     death(tmp_path, A, B, seen=False)
     assert not find_suspects(tmp_path, "generate").alone
     death(tmp_path, A, seen=False)

@@ -290,7 +290,10 @@ class BusyVllm(FakeVllm):
 def test_vllm_is_full_across_blocks_and_rows_are_committed_while_others_run(
     tmp_path: Path, tiny_llama: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Blocks hold eight rows, as many as run at once: a barrier between two would show as rows that do not run."""
+    """Blocks hold eight rows, as many as run at once.
+
+    A barrier between two would show as rows that do not run.
+    """
     rows = 64
     job, author = generation_job(tiny_llama, tmp_path, rows=rows, storage={"commit_rows": 4})
     fake = BusyVllm(lambda: len(table(job, "generations", "key")))

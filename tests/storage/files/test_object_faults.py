@@ -26,7 +26,10 @@ def add(store: Store, samples: Any, rows: range) -> int:
 
 @pytest.mark.parametrize("kind", ["lost", "unheard", "409", "500", "500 done"])
 def test_a_fault_at_any_upload_loses_and_repeats_nothing(s3, samples, kind):
-    """The driver repeats what got no answer; what got a bad one is an error for a shard and settled for a record."""
+    """The driver repeats what got no answer.
+
+    What got a bad one is an error for a shard and settled for a record.
+    """
     for number in range(1, UPLOADS + 1):
         root = f"{s3.root}-{number}"
         s3.log()
@@ -45,7 +48,10 @@ def test_a_fault_at_any_upload_loses_and_repeats_nothing(s3, samples, kind):
 
 
 class LateFiles(ObjectFiles):
-    """One create times out at the client; the service gets it only after `meanwhile`, or after our next create."""
+    """One create times out at the client.
+
+    The service gets it only after `meanwhile`, or after our next create.
+    """
 
     def __init__(self, root: str, number: int, meanwhile: Callable[[], Any] | None) -> None:
         super().__init__(root)

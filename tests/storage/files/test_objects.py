@@ -289,7 +289,10 @@ def test_places_where_no_store_can_be_are_named(s3):
 
 
 def test_a_missing_driver_is_named_with_the_extra_that_brings_it():
-    code = "import sys; sys.modules['s3fs'] = None; from stillroom.storage.files.opening import open_files; open_files('s3://a/b')"
+    code = (
+        "import sys; sys.modules['s3fs'] = None; from stillroom.storage.files.opening import "
+        "open_files; open_files('s3://a/b')"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "UsageError: s3://a/b: Install s3fs" in done.stderr
     assert "pip install 'stillroom[s3]'" in done.stderr

@@ -1,4 +1,7 @@
-"""Rows that cannot be right are found in sealed shards of every kind, by file and row; what holds is remembered."""
+"""Rows that cannot be right are found in sealed shards of every kind, by file and row.
+
+What holds is remembered.
+"""
 
 import shutil
 from collections.abc import Callable

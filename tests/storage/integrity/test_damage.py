@@ -1,4 +1,7 @@
-"""Damage is never read as data: reading names file, column and row group, and verify finds all of it."""
+"""Damage is never read as data.
+
+Reading names file, column and row group, and verify finds all of it.
+"""
 
 import json
 import shutil
@@ -99,7 +102,10 @@ def flipped(data: bytes, count: int):
 
 
 def test_single_bit_flips_in_a_shard_and_its_record(store, samples, monkeypatch):
-    """800 flips in rows of every kind, 800 found: file named, column and row group wherever a page's checksum tells."""
+    """Of 800 flips in rows of every kind 800 are found, and the file is named.
+
+    Column and row group are named wherever a page's checksum tells.
+    """
     monkeypatch.setattr("stillroom.storage.tables.shard.ROW_GROUP_BYTES", 40_000)
     with store.writer("soft_targets", about=samples.ABOUT) as writer:
         for index in range(8):
@@ -251,7 +257,7 @@ def test_a_forged_record(filled):
 
 
 def test_a_damaged_withdrawal_stops_reading(filled):
-    """Its rows may have been made again since, so they do not come back with the next flipped bit."""
+    """Its rows may have been made again, so they do not come back with the next flipped bit."""
     filled.retire(filled.commits("soft_targets")[1], reason="test")
     name = "retired/soft_targets/00000001.json"
     filled.files.path(name).write_bytes(b"{}")

@@ -1,4 +1,6 @@
-"""Records that a stranger sealed: bounds hold before anything is made of what they say, and errors name the record.
+"""Records that a stranger sealed: bounds hold before anything is made of what they say.
+
+Errors name the record.
 
 Each forgery is sealed, so its hash holds. Memory is bounded for the whole file: an array of 2^40
 rows, or a hundred million names, ends a test and not the machine.

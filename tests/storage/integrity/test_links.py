@@ -1,4 +1,7 @@
-"""Links that a stranger left in a store: nothing that they lead to is deleted, shown, or read as ours."""
+"""Links that a stranger left in a store.
+
+Nothing that they lead to is deleted, shown, or read as ours.
+"""
 
 import os
 from pathlib import Path

@@ -1,4 +1,7 @@
-"""Repair withdraws what is damaged and nothing else; a retirement races with writers and loses nothing."""
+"""Repair withdraws what is damaged and nothing else.
+
+A retirement races with writers and loses nothing.
+"""
 
 import hashlib
 import json
@@ -288,7 +291,10 @@ def test_what_the_data_stage_rejected_stays(store):
 
 @pytest.mark.parametrize("folder", ["snapshots", "inputs", "commits", "data"])
 def test_a_read_that_fails_is_no_damage(filled, folder):
-    """A disk or a network that fails for a moment must not make repair remove or withdraw anything."""
+    """A disk or a network that fails for a moment must not make repair remove anything.
+
+    Nor is anything withdrawn.
+    """
     save_snapshot(filled, make_snapshot(filled, "soft_targets", {}, {}))
     columns = {
         "key": [b"k" * 16],
@@ -395,7 +401,10 @@ def withdraw_some(files, rng):
 
 @pytest.mark.parametrize("part", range(4))
 def test_commits_that_race_with_retirements_lose_nothing(tmp_path, samples, part):
-    """Random interleavings, step by step, of two writers of the same rows and somebody who withdraws commits."""
+    """Two writers of the same rows and somebody who withdraws commits interleave at random.
+
+    They do so step by step.
+    """
     withdrawn = 0
     for seed in range(part * 10, part * 10 + 10):
         root, rng = tmp_path / str(seed), random.Random(seed)

@@ -113,7 +113,10 @@ def test_nothing_goes_while_a_record_cannot_be_read(filled):
 
 @pytest.mark.parametrize("moment", ["_now", "walk", "remove"])
 def test_a_writer_makes_an_old_orphan_again_at_any_moment(tmp_path, samples, moment):
-    """A writer died between shard and record, long ago; its rows are made again just as vacuum comes to the orphan."""
+    """A writer died between shard and record, long ago.
+
+    Its rows are made again just as vacuum comes to the orphan.
+    """
 
     class Racing(LocalFiles):
         raced = False

@@ -1,4 +1,7 @@
-"""All that a store holds: one row a text, the split of its prompt; what only a recipe can know is refused."""
+"""All that a store holds: one row a text, the split of its prompt.
+
+What only a recipe can know is refused.
+"""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -81,7 +84,10 @@ def test_each_split_has_its_targets(store: Store) -> None:
 
 
 def test_the_best_row_of_a_text_goes_out(store: Store) -> None:
-    """Scored again with more entries; and what was held out once has both, a whole distribution for judging."""
+    """A text is scored again with more entries.
+
+    What was held out once has both, and a whole distribution for judging.
+    """
     wide = samples.target_row(0, tokens=3, k=9) | {"key": content_key("again", index=0)}
     add(store, [wide, named(ROWS - 1)])
     found = all_rows(store)

@@ -74,7 +74,10 @@ def exported(store, snapshots, folder, **choice):
 
 
 def same(found, expected):
-    """A row of a file is one of the store; where no row of a file has an image, it has no such column."""
+    """Whether a row of a file is one of the store.
+
+    Where no row of a file has an image, it has no such column.
+    """
     for name, value in expected.items():
         if name == "image" and value is None:
             assert found.get(name) is None
@@ -233,7 +236,7 @@ class TestFiles:
     """What viewers and other readers ask of the files."""
 
     def test_the_bounds_are_within_those_of_the_hubs_viewer(self):
-        """It recommends row groups of 100 to 300 MB of Arrow memory at most, and files below 500 MB."""
+        """It recommends row groups of 100 to 300 MB of Arrow memory and files below 500 MB."""
         assert export_files.ROW_GROUP_BYTES <= 100_000_000
         assert export_files.FILE_BYTES + export_files.ROW_GROUP_BYTES <= 500_000_000
 
@@ -294,7 +297,10 @@ class TestFiles:
             pq.read_table(path, page_checksum_verification=True)
 
     def test_pages_end_where_the_content_says_so(self, tmp_path):
-        """A row more at the beginning moves few pages: most of a second version's bytes are those of the first."""
+        """A row more at the beginning moves few pages.
+
+        Most of a second version's bytes are those of the first.
+        """
         import pyarrow as pa
 
         rng = np.random.default_rng(0)

@@ -1,4 +1,7 @@
-"""The order in which samples were asked for: whoever committed them when, the same samples come in the same order."""
+"""The order in which samples were asked for.
+
+Whoever committed them when, the same samples come in the same order.
+"""
 
 from itertools import islice, takewhile
 
@@ -25,9 +28,10 @@ SMALL = 1 << 10
 
 
 def laid(pieces, names, sizes):
-    """A snapshot of samples as workers may have committed them, and which sample each of its rows is.
+    """A snapshot of samples as workers may have committed them, and the sample of each row.
 
-    `pieces`: of each shard the samples, in its order; `names`: the order in which they were asked for.
+    `pieces`: of each shard the samples, in its order; `names`: the order in which they were asked
+    for.
     """
     shards = []
     for number, piece in enumerate(pieces):
@@ -111,7 +115,7 @@ def test_groups_are_as_large_as_may_be(sizes):
 
 
 def test_rows_that_lie_too_scattered_keep_the_order_of_their_commits(monkeypatch):
-    """Each group would read all of the shards again: an epoch would read the store so many times."""
+    """Each group would read all of the shards again, and an epoch the store so many times."""
     monkeypatch.setattr(asked, "GROUP_ROWS", 4)
     samples = range(4 * 16)
     scattered = [[s for s in samples if s % 16 == shard] for shard in range(16)]

@@ -1,4 +1,7 @@
-"""Snapshots and the order of samples: named by content, a permutation, pure, and the same from any sample on."""
+"""Snapshots and the order of samples: named by content, a permutation, and pure.
+
+The order is the same from any sample on.
+"""
 
 import shutil
 import subprocess
@@ -78,7 +81,10 @@ def test_a_snapshot_that_is_not_the_one_its_name_says(filled, snapshot):
 @given(st.lists(st.sets(st.integers(0, 7), min_size=1), min_size=1, max_size=5))
 @settings(deadline=None)
 def test_an_id_is_the_hash_of_shards_and_runs(filled_once, chosen):
-    """Written down here a second time, by hand: snapshots that are kept must stay what their names say."""
+    """The id is written here a second time, by hand.
+
+    Snapshots that are kept must stay what their names say.
+    """
     places = dict(
         zip([c.shard.sha256 for c in filled_once.commits("soft_targets")], chosen, strict=False)
     )

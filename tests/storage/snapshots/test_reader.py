@@ -1,4 +1,7 @@
-"""Reading a snapshot: any ranges of it, a bounded way ahead, only the files it needs, and damage found by name."""
+"""Reading a snapshot: any ranges of it, a bounded way ahead, only the files it needs.
+
+Damage is found by name.
+"""
 
 import threading
 import weakref
@@ -108,7 +111,7 @@ def test_the_first_batch_opens_its_own_files_and_no_other(many, samples, opened,
 
 
 def test_the_next_window_is_read_while_this_one_is_consumed(many):
-    """The consumer holds still at its second batch until the thread has read a window ahead of it."""
+    """The consumer waits at its second batch until the thread is a window ahead of it."""
     done = threading.Semaphore(0)
     reader = SnapshotReader(
         many, whole(many), ["key"], decode=lambda rows, _: done.release() or rows
@@ -194,7 +197,10 @@ def mixed(samples):
 
 @pytest.mark.parametrize("values", [1, 40, 1 << 17])
 def test_targets_of_many_rows_are_those_of_each(samples, monkeypatch, values):
-    """Bit for bit, however many rows are read as one: what a sample holds does not depend on its neighbours."""
+    """They are equal bit for bit, however many rows are read as one.
+
+    What a sample holds does not depend on its neighbours.
+    """
     monkeypatch.setattr("stillroom.storage.tables.soft_targets._VALUES", values)
     rows = mixed(samples)
     found = list(normalised_targets(Rows(rows_to_table("soft_targets", rows))))

@@ -94,7 +94,10 @@ for line in sys.stdin:
 
 
 def test_two_workers_one_task_fifty_trials(tmp_path, samples):
-    """Two processes make the same rows in the same new store at the same moment, in the same order or not."""
+    """Two processes make the same rows in the same new store at the same moment.
+
+    Their order is the same or not.
+    """
     racers = [
         subprocess.Popen(
             [sys.executable, "-c", RACER, str(tmp_path), samples.__file__, str(number)],

@@ -1,4 +1,6 @@
-"""A fault at every single step of everything that writes: all recover, no acknowledged row is lost, none is silent.
+"""A fault at every single step of everything that writes.
+
+All recover, no acknowledged row is lost, and no fault is silent.
 
 The steps are those of `LocalFiles`. For each scenario the fault comes at step 1, 2, 3 and so on
 until the scenario ends before it; then it is run again without faults, and the store must be whole

@@ -1,4 +1,7 @@
-"""Matrices of a store: kept once, read by their hash, proved, mended, and swept only where nothing names them."""
+"""Matrices of a store: kept once, read by their hash, proved and mended.
+
+They are swept only where nothing names them.
+"""
 
 import os
 from pathlib import Path

@@ -1,4 +1,7 @@
-"""A shard is made in the writer's thread while rows are added: what is known then, what fails, what a kill leaves."""
+"""A shard is made in the writer's thread while rows are added.
+
+It shows what is known then, what fails, and what a kill leaves.
+"""
 
 import subprocess
 import sys
@@ -17,7 +20,10 @@ LIMITS = CommitLimits(rows=2)
 
 
 class GatedFiles(LocalFiles):
-    """Shards are not begun before the gate opens; counts the commits that are there when one is asked for."""
+    """Files that begin no shard before the gate opens.
+
+    They count the commits that are there when one is asked for.
+    """
 
     def __init__(self, root: Path) -> None:
         super().__init__(root)
@@ -63,7 +69,7 @@ def test_rows_are_added_while_a_shard_is_made_and_nothing_is_committed_before_it
 
 
 def test_one_shard_is_in_the_making_at_a_time(gated, samples):
-    """Two shards' rows at most are in memory: none is begun before the one before it is committed."""
+    """Two shards' rows at most are in memory: none begins before the last is committed."""
     files, store = gated
     files.gate.set()
     assert samples.add_targets(store, range(8), commit_rows=2) == 8
@@ -123,7 +129,8 @@ spec.loader.exec_module(samples)
 
 class Files(LocalFiles):
     def _link(self, temp, final):
-        if "data/soft_targets" in str(final) and list(self.root.glob("commits/soft_targets/*.json")):
+        committed = list(self.root.glob("commits/soft_targets/*.json"))
+        if "data/soft_targets" in str(final) and committed:
             print("written, not linked", flush=True)
             threading.Event().wait()
         super()._link(temp, final)
@@ -136,7 +143,10 @@ with store.writer("soft_targets", about=samples.ABOUT, limits=CommitLimits(rows=
 
 
 def test_killed_while_the_thread_writes_and_run_again(tmp_path, samples):
-    """The second shard never gets its name; the process dies with it, and whoever comes next makes its rows again."""
+    """The second shard never gets its name.
+
+    The process dies with it, and whoever comes next makes its rows again.
+    """
     root = tmp_path / "store"
     words = [sys.executable, "-c", KILLED, str(root), samples.__file__]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)

@@ -1,4 +1,7 @@
-"""The index: a segment that does not hold the rows of its commits is not used, and memory and disk are bounded."""
+"""The index: a segment that does not hold the rows of its commits is not used.
+
+Memory and disk are bounded.
+"""
 
 import hashlib
 import io

@@ -1,4 +1,7 @@
-"""SQL of strangers: nothing outside the store is read or written, nothing is fetched, nothing is set."""
+"""SQL of strangers: nothing outside the store is read or written.
+
+Nothing is fetched, and nothing is set.
+"""
 
 import re
 from collections.abc import Callable

@@ -1,4 +1,7 @@
-"""The store: what the commits say, rows by place, inputs, teachers; and the writer that refuses what does not fit."""
+"""The store: what the commits say, rows by place, inputs, teachers.
+
+The writer refuses what does not fit.
+"""
 
 import json
 
@@ -254,7 +257,7 @@ def test_retired_rows_are_gone_and_can_be_made_again(filled, samples):
 
 
 def test_a_withdrawn_number_is_not_used_again(filled, samples):
-    """The last record is lost with a backup, its withdrawal is not: new rows must not fall under it."""
+    """The last record is lost with a backup, its withdrawal is not: no new row is under it."""
     last = filled.commits("soft_targets")[-1]
     filled.retire(last, reason="test")
     filled.files.path("commits/soft_targets/00000004.json").unlink()

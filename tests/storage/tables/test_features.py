@@ -1,4 +1,7 @@
-"""Features as they are stored: rounding and its error, what a row may say, and what a file takes."""
+"""Features as they are stored: rounding and its error, what a row may say.
+
+It also measures what a file takes.
+"""
 
 from typing import Any
 

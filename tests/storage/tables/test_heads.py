@@ -1,4 +1,7 @@
-"""Rows of words: whole ones pass, others are refused by name, one by one and a row group at a time alike."""
+"""Rows of words: whole ones pass, others are refused by name.
+
+One by one and a row group at a time they are refused alike.
+"""
 
 from typing import Any
 

@@ -1,4 +1,7 @@
-"""Rows of every kind: whole ones pass, the writer refuses one that contradicts itself, verify doubts numbers."""
+"""Rows of every kind: whole ones pass, and one that contradicts itself is refused.
+
+Verify doubts numbers.
+"""
 
 import numpy as np
 import pytest

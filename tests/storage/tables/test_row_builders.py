@@ -1,4 +1,7 @@
-"""A built row has its table's columns, and says of the text and of the targets what follows from them."""
+"""A built row has its table's columns.
+
+It says of the text and of the targets what follows from them.
+"""
 
 import numpy as np
 import pytest

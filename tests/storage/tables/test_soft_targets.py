@@ -20,7 +20,7 @@ SHORT = st.builds(
 
 
 def rounded_exactly(value: float, bits: int) -> Fraction:
-    """Nearest multiple of 2**(exponent - bits), ties to the even multiple; in rational arithmetic."""
+    """Nearest multiple of 2**(exponent - bits), ties to the even one, in rational arithmetic."""
     exact = Fraction(value)
     if exact == 0:
         return exact
@@ -79,7 +79,10 @@ def test_normalised_sums_to_one(samples, k, kind, bits):
 
 @pytest.mark.parametrize("bits", [3, 10])
 def test_a_tempered_tail_is_rescaled_with_its_entries(samples, bits):
-    """Whatever one factor does to p, its power 1/T does to p^(1/T): the tempered distribution stays as it was."""
+    """Whatever one factor does to p, its power 1/T does to p^(1/T).
+
+    So the tempered distribution stays as it was.
+    """
     row = samples.target_row(3, k=6, kind="tempered")
     stored = SoftTargets.from_row(SoftTargets.from_row(row).columns(bits))
     found = stored.normalised()

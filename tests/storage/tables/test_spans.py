@@ -1,4 +1,7 @@
-"""Spans of a row: which tokens are scored, and what is refused by the writer and found by verify."""
+"""Spans of a row: which tokens are scored.
+
+What is wrong is refused by the writer and found by verify.
+"""
 
 import numpy as np
 import pyarrow as pa

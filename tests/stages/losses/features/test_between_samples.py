@@ -1,4 +1,7 @@
-"""Losses between samples against their definitions, value and gradient; invariances, groups, extremes."""
+"""Losses between samples against their definitions, in value and gradient.
+
+Invariances, groups and extremes are tested too.
+"""
 
 import math
 from functools import partial
@@ -120,7 +123,10 @@ def test_float16_of_its_largest_numbers_is_finite(name):
 
 @every
 def test_vectors_that_hardly_differ_have_no_exploding_gradient(name):
-    """As far apart as rounding takes them: their directions would be noise, with gradients of 10^7."""
+    """Vectors are as far apart as rounding takes them.
+
+    Their directions would be noise, with gradients of 10^7.
+    """
     teacher, student = both_sides(name, 5)
     student = 1 + 1e-7 * student
     _, gradient = value_and_gradient(MEASURES[name][0], teacher, student)
@@ -197,7 +203,10 @@ def test_a_low_temperature_is_finite():
 @every
 @pytest.mark.parametrize("per_pass", [1, 2, 4])
 def test_groups_in_passes_of_any_size_make_the_same_sums(name, per_pass):
-    """Eleven samples in groups of three, the last of two; each alone, two in a pass, or all at once."""
+    """Eleven samples in groups of three, the last of two.
+
+    Each is alone, two are in a pass, or all at once.
+    """
     measure = MEASURES[name][0]
     teacher, student = both_sides(name, 11)
     leaf = student.requires_grad_()

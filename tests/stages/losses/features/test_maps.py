@@ -1,4 +1,7 @@
-"""Attention and relations against their definitions, value and gradient; samples apart; extremes; memory."""
+"""Attention and relations against their definitions, in value and gradient.
+
+Samples apart, extremes and memory are tested too.
+"""
 
 from itertools import pairwise
 
@@ -124,7 +127,10 @@ def test_relations_are_their_definition_for_any_number_of_parts(parts):
 
 
 def test_relations_of_projected_vectors_are_divided_by_the_width_before():
-    """A teacher of 12 numbers in 5, a student of three heads of 2; the temperature is that of 12."""
+    """A teacher of 12 numbers stands in 5, and the temperature is that of 12.
+
+    The student has three heads of 2.
+    """
     whole, matrix = normal(8, 12), normal(12, 5, seed=2)
     student = normal(3, 8, 2, seed=1)
 
@@ -262,7 +268,7 @@ def test_the_largest_float16_vectors_have_finite_values_and_gradients(heads):
 
 
 def test_autocast_changes_nothing():
-    """As in training: the forward pass alone is under it."""
+    """The forward pass alone is under it, as in training."""
     teacher, student = side(causal=True), side(seed=5, causal=True)
 
     def both(enabled):

@@ -6,7 +6,10 @@ from . import classification
 
 
 class Measuring(classification.Measuring):
-    """The measures of texts, and how often the best class is the gold one and has more than half of the mass."""
+    """The measures of texts, and one more.
+
+    It is how often the best class is the gold one and has more than half of the mass.
+    """
 
     def named(self, measures: dict[str, Tensor]) -> dict[str, Tensor]:
         """With `surely_right`."""

@@ -144,7 +144,7 @@ def test_the_error_of_one_rank_ends_both_and_a_signal_is_agreed_on(recipe: Path)
     assert first[0] == 1
     assert "holds something else" not in first[2]
 
-    both = pair(recipe, SLURM_JOB_ID="7", FAULT="wait:0:3")
+    both = pair(recipe, SLURM_JOB_ID="7", FAULT="wait!:0:2")
     until((recipe.parent / "run" / "waits").exists, "a step")
     both[0].send_signal(signal.SIGTERM)
     assert [code for code, _, _ in said(both)] == [75, 75]

@@ -138,7 +138,7 @@ def test_the_error_of_one_rank_is_shown_once_and_ends_all(recipe: Path) -> None:
 
 def test_memory_that_is_too_small_is_no_death_in_vain_while_passes_shrink(recipe: Path) -> None:
     errors = ended(begin(recipe, FAULT="memory!:1:1"))
-    assert errors.count("start again") == 3, "256, 128, 64"
+    assert errors.count("all 2 processes start again") == 3, "256, 128, 64"
 
 
 @pytest.mark.parametrize(

@@ -66,8 +66,12 @@ class Noticed(Stopped):
         )
 
 
-class EngineDied(StillroomError):
-    """The engine can do nothing more in this process; another process may go on."""
+class ProcessDied(StillroomError):
+    """Nothing more can be done in this process; another one may go on."""
+
+
+class EngineDied(ProcessDied):
+    """The engine can do nothing more in this process."""
 
 
 class RowError(Exception):

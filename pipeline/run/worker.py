@@ -31,7 +31,7 @@ from ...stages.workers.locks import one_group
 from ...stages.workers.ranks import Ranks
 from ...stages.workers.watch import Suspicion
 from ...storage.credentials import cleaned, hide, shown
-from ...storage.errors import EngineDied, StillroomError, Stopped
+from ...storage.errors import EngineDied, ProcessDied, StillroomError, Stopped
 from ...storage.files.base import DISK_FULL
 from ..plan.resolve import author_identity, teacher_identity
 from ..text import printable
@@ -87,9 +87,11 @@ def failed(error: Exception, name: str, ranks: Ranks) -> dict[str, Any]:
     if lost := ranks.lost(error):
         traceback.print_exc()
         return {"error": f"{name}: {lost}.", "exit_code": 1, "died": True, "lost": True}
-    if isinstance(error, EngineDied):
+    if isinstance(error, ProcessDied):
         traceback.print_exc()
-        return {"error": f"{name}: the engine died: {error}.", "exit_code": 1, "died": True}
+        engine = isinstance(error, EngineDied)
+        said = f"{name}: the engine died: {error}." if engine else str(error)
+        return {"error": said, "exit_code": 1, "died": True}
     if isinstance(error, StillroomError):
         return {"error": str(error), "exit_code": error.exit_code}
     if isinstance(error, MemoryError):

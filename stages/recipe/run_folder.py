@@ -35,6 +35,8 @@ SETTINGS = "settings.json"
 STUDENT = "student"
 ADAPTER = "adapter"
 CHECKPOINTS = "checkpoints"
+COMPLETE = "state.json"
+"""Written last into the folder of a checkpoint."""
 TOKENS_PER_PASS = "tokens_per_pass"
 TRAINED = "train.json"
 EVALUATED = "evaluation.json"
@@ -50,7 +52,7 @@ def training_run(run_dir: Path, settings_hash: str) -> Path:
 
 def standing(folder: Path) -> tuple[list[str], str]:
     """How far a training run has come, to be compared: its checkpoints, and what fits into memory."""
-    found = sorted(path.name for path in (folder / CHECKPOINTS).glob("*"))
+    found = sorted(path.parent.name for path in (folder / CHECKPOINTS).glob(f"*/{COMPLETE}"))
     smaller = folder / TOKENS_PER_PASS
     return found, smaller.read_text() if smaller.is_file() else ""
 

@@ -20,11 +20,10 @@ from ...storage.bounds import NOT_AS_WRITTEN, hexdigest, inside, mapping, parsed
 from ...storage.errors import IntegrityError, in_short
 from ...storage.files.base import Content, file_sha256
 from ...storage.files.local import LocalFiles
+from ..recipe.run_folder import CHECKPOINTS, COMPLETE
 from ..workers.ranks import Ranks
 from .shards import Piece, Stored, earlier_pieces_of, pieces_of, write
 
-_FOLDER = "checkpoints"
-_STATE = "state.json"
 _GO_ON = "to go on from an earlier one, or from the start"
 
 
@@ -36,8 +35,8 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps that have a complete checkpoint, ascending; as the first rank sees them."""
-        folders = self._files.path(_FOLDER).glob("step-*")
-        there = [int(f.name.removeprefix("step-")) for f in folders if (f / _STATE).is_file()]
+        folders = self._files.path(CHECKPOINTS).glob("step-*")
+        there = [int(f.name.removeprefix("step-")) for f in folders if (f / COMPLETE).is_file()]
         found: list[int] = self._ranks.told(sorted(there))
         return found
 
@@ -62,7 +61,7 @@ class Checkpoints:
 
         def finish(found: list[dict[str, str]]) -> None:
             record = {"files": found, "state": state}
-            self._files.put_if_absent(f"{folder}/{_STATE}", json.dumps(record, indent=1).encode())
+            self._files.put_if_absent(f"{folder}/{COMPLETE}", json.dumps(record, indent=1).encode())
 
         write(
             tensors,
@@ -101,11 +100,11 @@ class Checkpoints:
         if not self._ranks.first:
             return
         kept = {self._files.path(self._folder(step)) for step in steps if step is not None}
-        for folder in self._files.path(_FOLDER).glob("step-*"):
+        for folder in self._files.path(CHECKPOINTS).glob("step-*"):
             if folder.is_symlink():  # what it leads to is not of this run
                 folder.unlink()
             elif folder not in kept:
-                (folder / _STATE).unlink(missing_ok=True)
+                (folder / COMPLETE).unlink(missing_ok=True)
                 shutil.rmtree(folder)
 
     def _refuse_damaged(self, step: int, files: list[dict[str, str]]) -> None:
@@ -135,7 +134,7 @@ class Checkpoints:
             ) from error
 
     def _record(self, step: int) -> dict[str, Any]:
-        name = f"{self._folder(step)}/{_STATE}"
+        name = f"{self._folder(step)}/{COMPLETE}"
         try:
             record = mapping(parsed(self._files.read(name)))
             for file in record["files"] if "files" in record else [record]:
@@ -149,4 +148,4 @@ class Checkpoints:
             ) from error
 
     def _folder(self, step: int) -> str:
-        return f"{_FOLDER}/step-{step:08d}"
+        return f"{CHECKPOINTS}/step-{step:08d}"

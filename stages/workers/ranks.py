@@ -120,6 +120,7 @@ class Ranks:
         if self.count > 1:
             from torch import distributed
 
+            self.most(0)  # the store may end with this process, and another one may still read it
             if self._watch is not None:
                 self._watch.end()
             distributed.destroy_process_group()

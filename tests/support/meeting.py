@@ -1,83 +1,62 @@
-"""A `train` whose ranks only meet, step by step, with faults at a step of a rank: for what is done about ranks.
+"""Faults at a step of one rank of a training: for what is done about ranks.
 
-The student is trained by the first rank alone, at the end. `FAULT` in the environment is
-`<what>:<rank>:<step>`; it comes once, or each time where `<what>` ends with `!`.
+`FAULT` in the environment is `<what>:<rank>:<step>`; it comes once, or each time where `<what>`
+ends with `!`. Each rank notes into the folder of the training what it is told.
 """
 
 import os
 import signal
-import time
-from dataclasses import replace
 from pathlib import Path
 
-import torch
 from running import two_gpus
 
-from stillroom.stages.recipe.run_folder import CHECKPOINTS, TOKENS_PER_PASS
+from stillroom.stages.recipe.run_folder import CHECKPOINTS, COMPLETE, TOKENS_PER_PASS
 from stillroom.stages.train import stage
+from stillroom.stages.train.together.smaller import OutOfMemory
 from stillroom.stages.workers.job import Job, StageResult
-from stillroom.stages.workers.ranks import Ranks
-from stillroom.storage.errors import EngineDied, Stopped, UsageError
+from stillroom.storage.errors import UsageError
 
-STEPS = 12
-CHECKPOINT = 4
-_plain = stage.run
-
-
-def meet_in_train() -> None:
-    """Let the stage `train` of this process, and of those forked from it, be this one."""
-    stage.run = meet
+TOLD = "CUDA_VISIBLE_DEVICES OMP_NUM_THREADS RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR".split()
+_train, _agreed_stop = stage.run, Job.agreed_stop
+_steps = 0
 
 
-def meet_on_two_gpus() -> None:
-    """The same, on two GPUs that are not there."""
-    meet_in_train()
+def with_faults() -> None:
+    """Let the stage `train` of this process, and of those forked from it, be one with faults."""
+    stage.run = _noted
+    Job.agreed_stop = _after_a_step  # type: ignore[method-assign]
+
+
+def on_two_gpus() -> None:
+    """The same, where a runner thinks that it sees two GPUs, which are not there."""
+    with_faults()
     two_gpus()
 
 
-def meet(job: Job) -> StageResult:
-    """Meet so often, with a checkpoint now and then, and before a stop."""
+def _noted(job: Job) -> StageResult:
+    global _steps
     folder = job.train_dirs[job.arm]
     with (folder / f"rank-{job.ranks.rank}").open("a") as file:
-        seen = {name: os.environ.get(name) for name in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")}
-        seen |= {
-            name: os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")
-        }
-        file.write(f"{os.getpid()} {seen}\n")
-    first = max((int(p.name) for p in (folder / CHECKPOINTS).glob("*")), default=0)
-    job.progress.start(total=STEPS, unit="steps", done=first)
-    for step in range(first, STEPS):
-        try:
-            job.agreed_stop()
-        except Stopped:
-            _save(job, folder, step)
-            raise
-        _fault(job, folder, step)
-        met = job.ranks.sum(torch.ones(1))
-        assert met.item() == job.ranks.count
-        job.progress.advance()
-        if step % CHECKPOINT == CHECKPOINT - 1:
-            _save(job, folder, step + 1)
-    result = _plain(replace(job, ranks=Ranks())) if job.ranks.first else StageResult()
-    job.ranks.told(None)
-    return result
+        file.write(f"{os.getpid()} { {name: os.environ.get(name) for name in TOLD} }\n")
+    done = (folder / CHECKPOINTS).glob(f"*/{COMPLETE}")
+    _steps = max((int(path.parent.name.removeprefix("step-")) for path in done), default=0)
+    return _train(job)
 
 
-def _save(job: Job, folder: Path, step: int) -> None:
-    if job.ranks.first:
-        (folder / CHECKPOINTS / f"{step}").mkdir(parents=True, exist_ok=True)
-    job.ranks.told(None)
+def _after_a_step(job: Job) -> None:
+    global _steps
+    _steps += 1
+    what, rank, step = os.environ.get("FAULT", "none:0:0").split(":")
+    fault = job.train_dirs[job.arm] / "fault"
+    if (job.ranks.rank, _steps) == (int(rank), int(step)):
+        if what.endswith("!") or not fault.exists():
+            fault.touch()
+            _do(what.rstrip("!"), job)
+    _agreed_stop(job)
 
 
-def _fault(job: Job, folder: Path, step: int) -> None:
-    what, rank, at = os.environ.get("FAULT", "none:0:0").split(":")
-    if (job.ranks.rank, step) != (int(rank), int(at)):
-        return
-    if not what.endswith("!"):
-        if (folder / "fault").exists():
-            return
-        (folder / "fault").touch()
-    match what.rstrip("!"):
+def _do(what: str, job: Job) -> None:
+    match what:
         case "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         case "stop":
@@ -85,11 +64,10 @@ def _fault(job: Job, folder: Path, step: int) -> None:
         case "error":
             raise UsageError("checkpoint: holds something else. Delete it.")
         case "memory":
-            smaller = folder / TOKENS_PER_PASS
+            smaller = job.train_dirs[job.arm] / TOKENS_PER_PASS
             tokens = int(smaller.read_text()) // 2 if smaller.exists() else 256
             if tokens >= 64:
-                smaller.write_text(f"{tokens}")
-                raise EngineDied(f"out of memory: passes now hold {tokens} tokens")
+                raise OutOfMemory(tokens, "HIP out of memory", job.ranks)
         case "wait":
-            (folder / "waits").touch()
-            time.sleep(600) if "STOP_ALONE" in os.environ else signal.pause()
+            (Path(job.recipe.run.dir) / "waits").touch()
+            signal.pause()

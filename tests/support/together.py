@@ -1,4 +1,4 @@
-"""Ranks for tests: real processes, forked from a server that has loaded torch once, so each starts at once."""
+"""Ranks of a stage for tests: processes forked from a server that has loaded torch once, so each starts at once."""
 
 import os
 import socket

@@ -5,13 +5,13 @@ dies, whoever started the ranks starts all of them again, and they go on from th
 """
 
 from ....storage.bounds import integer
-from ....storage.errors import StillroomError
+from ....storage.errors import ProcessDied
 from ....storage.files.local import LocalFiles
 from ...recipe.run_folder import TOKENS_PER_PASS
 from ...workers.ranks import Ranks
 
 
-class OutOfMemory(StillroomError):
+class OutOfMemory(ProcessDied):
     """A rank of a sharded student ran out of memory; all ranks are to be started again, with passes of `tokens`."""
 
     def __init__(self, tokens: int, message: str, ranks: Ranks) -> None:

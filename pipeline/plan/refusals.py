@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from ...stages.models.fit.classes import refuse_other_classes, refuse_other_head
-from ...stages.models.fit.misfits import refuse_misfit, refuse_quantised
+from ...stages.models.fit.misfits import refuse_misfit, refuse_quantised, refuse_shared_norms
 from ...stages.models.identity import Identity, find_model, is_here, refuse_without_weights
 from ...stages.models.inputs.same_tokenizer import refuse_other_tokenizer
 from ...stages.models.students.fresh import refuse_fresh
@@ -61,10 +61,12 @@ def _refuse_student(recipe: Recipe, folder: Path | None, teacher: Identity, *, w
     if student.model is None and student.factory is None:
         layers = student.from_teacher_layers
         refuse_fresh(teacher.folder, student.config or {}, recipe.run.task, layers)
+        refuse_shared_norms(teacher.folder, recipe.compute.processes)
     if folder is not None or student.model is None:
         refuse_other_classes(recipe, folder, teacher.class_names)
     if folder is not None:
         refuse_other_tokenizer(recipe, folder, teacher.folder)
+        refuse_shared_norms(folder, recipe.compute.processes)
         if is_here(str(student.model)):  # of the Hub's only small files are here
             refuse_without_weights(folder, "student.model")
         refuse_lora(recipe, folder)

@@ -352,11 +352,12 @@ class Run:
         if self._ranks.first:
             self._write(state)
         self._ranks.told_in_time()  # that it is there
+        self._ranks.any(False)  # the first rank may keep the store where that is told: it goes last
 
     def _write(self, state: dict[str, Any] | None) -> None:
         """The first rank's part of `_finish`. `state`: what trained, of a sharded student."""
         from ..models.students.saving import save_student
-        from ..models.students.student import initial_student
+        from .together.student import made_whole
 
         record, trainer, job = self._record, self._trainer, self._job
         parameters = sum(weight.numel() for weight in trainer.model.parameters())
@@ -364,8 +365,7 @@ class Run:
         lora, model = job.student.lora, trainer.model
         with job.clock.span("disk"):
             if state is not None:
-                model = initial_student(job.recipe, self._teacher_dir)
-                model.load_state_dict(state, strict=False)
+                model = made_whole(job, self._teacher_dir, state)
             saved = save_student(
                 model,
                 job.recipe,
@@ -386,5 +386,6 @@ class Run:
             "trained_parameters": trained,
             "saved_dtype": saved.dtype,
             "notes": [*self._left_out, *saved.notes],
+            **({"ranks": self._ranks.count} if self._ranks.count > 1 else {}),
         } | record.summary()
         self._files.put_if_absent(TRAINED, json.dumps(summary, indent=1).encode() + b"\n")

@@ -371,11 +371,10 @@ class Trainer:
     def _shrink(self, longest: int, message: str) -> None:
         self.optimizer.zero_grad()
         torch.cuda.empty_cache()
-        tokens = self._packing.tokens_per_pass
         least = longest * (3 if self._packing.never_alone else 1)  # as `refuse_alone` has it
-        if tokens <= least:
+        if self.tokens_per_pass <= least:
             raise out_of_memory(longest, message, group=self._packing.group)
-        tokens = max(tokens // 2, least)
+        tokens = max(self.tokens_per_pass // 2, least)
         if self._root is not None:  # the others wait for this rank, inside of a pass
             raise OutOfMemory(tokens, message, self._ranks)
         self._packing = replace(self._packing, tokens_per_pass=tokens)

@@ -481,3 +481,13 @@ def test_the_comparison_of_digits_runs(tmp_path: Path) -> None:
     for numbers in outcome["results"].values():
         assert 0 <= numbers["accuracy"][0] <= 1
     assert outcome["results"]["teacher"]["kl_teacher"][0] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ranks", "sharded_memory"])
+def test_the_benches_of_ranks_run(name: str) -> None:
+    script = [sys.executable, str(HERE / f"{name}.py"), "--tiny"]
+    steps = ["--steps", "2"]
+    said = subprocess.run([*script, *steps], capture_output=True, text=True, check=True).stdout
+    outcome = json.loads(said.splitlines()[-1])
+    assert len(outcome["ranks"]) == 2 if name == "sharded_memory" else outcome["rows"][0]["same"]

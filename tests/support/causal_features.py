@@ -34,9 +34,11 @@ class Causal:
         *,
         features: list[dict[str, Any]] = EXACT,
         asked: list[dict[str, Any]] = ASKED,
+        score: dict[str, Any] | None = None,
         **teacher: Any,
     ) -> None:
-        """`teacher`: fields of its config."""
+        """`score`: in place of full targets; `teacher`: fields of its config."""
+        self._score = score or {"targets": "full"}
         self.folder, self.features, self.asked = folder, features, asked
         settings = {"num_hidden_layers": 3, "initializer_range": 0.5} | teacher
         self.teacher = save_tiny_llama(folder / "teacher", **settings)
@@ -46,7 +48,7 @@ class Causal:
     def recipe(self, **sections: Any) -> Recipe:
         base: dict[str, Any] = {
             "storage": {"dir": str(self.folder / "store"), "mantissa_bits": 23, "commit_rows": 5},
-            "score": {"targets": "full", "features": self.features},
+            "score": self._score | {"features": self.features},
             "student": {"config": {"num_hidden_layers": 2, "hidden_size": 8}},
             "loss": {"features": self.asked},
             "train": {

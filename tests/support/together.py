@@ -12,7 +12,7 @@ from typing import Any
 
 from stillroom.stages.workers.ranks import COUNT, LOCAL, RANK, Ranks
 
-PATIENCE = 120.0
+PATIENCE = 400.0
 _SERVER = get_context("forkserver")
 _SERVER.set_forkserver_preload(
     [
@@ -108,6 +108,6 @@ def _rank(
         "MASTER_PORT": str(port),
     }
     ranks = Ranks.here()
-    ranks.open(seconds=60)
+    ranks.open(seconds=PATIENCE)
     answer.send(work(ranks, *args))
     ranks.close()

@@ -96,6 +96,30 @@ def refuse_quantised(folder: Path, *, field: str, name: str) -> None:
         )
 
 
+def refuse_shared_norms(folder: Path, processes: object) -> None:
+    """Refuse several processes for a student whose weights, or those it is like, are seen to have batch norms.
+
+    Args:
+        folder: Of the model that it begins as, or of its teacher.
+        processes: `compute.processes`; how many auto is, is known where it trains.
+
+    Raises:
+        UsageError: it has some.
+    """
+    if type(processes) is int and processes > 1:
+        for name in stored_tensors(folder, where="student"):
+            if name.endswith(".running_mean"):
+                raise shared_norm(name.removesuffix(".running_mean"))
+
+
+def shared_norm(name: str) -> UsageError:
+    """What is said of a batch norm of a student that several ranks train."""
+    return UsageError(
+        f"compute.processes: {name} of the student is a batch norm, whose statistics would depend on "
+        "how many processes share a step. Set compute.processes to 1."
+    )
+
+
 def refuse_ids_without_row(folder: Path, rows: int, *, where: str) -> None:
     """Refuse a tokenizer, or special tokens, with ids beyond the table of token embeddings.
 

@@ -3,12 +3,12 @@
 Bytes of a rank, N ranks, P numbers of all weights and T of those that train:
 
     replicated   4 P + 4 T + 8 T                        weights, gradients, the two averages of AdamW
-    sharded      the same / N, and what is whole at a time
-    whole        the root's weights and, where they train, their gradients;
-                 two blocks (one computes, one is gathered for it) and a block's gradients, and what is sent of them
+    sharded      the same / N, and what is whole for a time
+    whole        the root's weights; two blocks (one computes, one is gathered for it); where they train,
+                 the gradients of the root and of a block, and the copy of them that is sent
     activations  a position and block: 16 D + 4 F numbers (D width, F width inside of the block), of which
                  gradient checkpointing keeps D in all blocks but one
-    logits       a chunk of the loss
+    logits       those of a pass, or of a chunk of it
 """
 
 from dataclasses import dataclass
@@ -17,8 +17,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ....storage.errors import UsageError
 from ...losses.fused_linear import CHUNK_BYTES, DEVICE_CHUNK_BYTES
+from ...models.fit.misfits import shared_norm
 from ...recipe.sections import Train
 from ...workers.ranks import Ranks
 from .root import blocks
@@ -73,18 +73,26 @@ def memory(
         each = list(blocks(student))
         within = {id(p) for block in each for p in block.parameters()}
         root = [p for p in student.parameters() if id(p) not in within]
-        whole = sum(p.numel() * (8 if p.requires_grad else 4) for p in root)
+        whole = sum(p.numel() * (3 * 4 if p.requires_grad else 4) for p in root)
         whole += max(_numbers(block, trained=4 * 4, frozen=2 * 4) for block in each)
-    chunk = CHUNK_BYTES if on_cpu else DEVICE_CHUNK_BYTES
-    activations = _activations(student, checkpointing=checkpointing) * positions
+    number = positions * (2 if half else 4)
     return Memory(
-        state=state, whole=whole, activations=activations * (2 if half else 4), logits=chunk
+        state=state,
+        whole=whole,
+        activations=number * _activations(student, checkpointing=checkpointing),
+        logits=min(number * _outputs(student), CHUNK_BYTES if on_cpu else DEVICE_CHUNK_BYTES),
     )
 
 
 def _numbers(module: nn.Module, *, trained: int, frozen: int) -> int:
     """Bytes of all parameters, at so many bytes a number."""
     return sum(p.numel() * (trained if p.requires_grad else frozen) for p in module.parameters())
+
+
+def _outputs(student: Any) -> int:
+    """V, or of classes how many there are."""
+    layer = student.get_output_embeddings()
+    return 1 if layer is None else int(layer.out_features)
 
 
 def _activations(student: Any, *, checkpointing: bool) -> int:
@@ -111,19 +119,42 @@ def chosen(
     refuse_norms(student)
     if asked == "fsdp2":
         return "fsdp2"
-    if asked == "ddp" or device.type != "cuda":
+    if asked == "ddp" or _fits(student, "ddp", train, ranks, device, half=half):
         return "ddp"
+    return "fsdp2"
+
+
+def keeps_gradients(
+    student: nn.Module, train: Train, ranks: Ranks, device: torch.device, *, half: bool
+) -> bool:
+    """Whether a sharded student's gradients fit whole on each device, from a step's first pass to its last."""
+    whole = _numbers(student, trained=4, frozen=0)
+    return _fits(student, "fsdp2", train, ranks, device, half=half, beside=whole)
+
+
+def _fits(
+    student: nn.Module,
+    held: Held,
+    train: Train,
+    ranks: Ranks,
+    device: torch.device,
+    *,
+    half: bool,
+    beside: int = 0,
+) -> bool:
+    """On each rank's device; of a CPU it is not asked."""
+    if device.type != "cuda":
+        return True
     needed = memory(
         student,
-        "ddp",
+        held,
         ranks=ranks.count,
         positions=train.tokens_per_pass,
         half=half,
         checkpointing=train.gradient_checkpointing,
     )
     free, _ = torch.cuda.mem_get_info(device)
-    fits = not ranks.any(needed.total > MOST * free)
-    return "ddp" if fits else "fsdp2"
+    return not ranks.any(needed.total + beside > MOST * free)
 
 
 def refuse_norms(student: nn.Module) -> None:
@@ -134,7 +165,4 @@ def refuse_norms(student: nn.Module) -> None:
     """
     for name, module in student.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            raise UsageError(
-                f"compute.processes: {name} of the student is a batch norm, whose statistics would depend "
-                "on how many ranks share a step. Set compute.processes to 1."
-            )
+            raise shared_norm(name)

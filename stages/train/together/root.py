@@ -28,16 +28,24 @@ T = TypeVar("T")
 class Root(nn.Module):
     """Around the student; what it is called with sees the weights of the root's group whole."""
 
-    def __init__(self, student: nn.Module) -> None:
+    def __init__(self, student: nn.Module, *, keeps: bool = True) -> None:
+        """`keeps`: gradients of a step's passes are kept whole until the last one, and sent once."""
         super().__init__()
-        self.student = student
+        self.student, self.keeps = student, keeps
 
     def forward(self, work: Callable[[nn.Module], Any]) -> Any:
         """What `work` makes of the student; tensors with a gradient must be in tuples, lists or dicts."""
         return work(self.student)
 
 
-def sharded(student: nn.Module, ranks: Ranks, device: torch.device, dtype: torch.dtype) -> Root:
+def sharded(
+    student: nn.Module,
+    ranks: Ranks,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    keeps: bool = True,
+) -> Root:
     """Shard a student, block by block: the device never has more than one block whole.
 
     Args:
@@ -45,6 +53,7 @@ def sharded(student: nn.Module, ranks: Ranks, device: torch.device, dtype: torch
         ranks: Who has a part each.
         device: Where this rank computes.
         dtype: What passes compute in.
+        keeps: As `Root` has it.
 
     Raises:
         UsageError: it has not one list of blocks.
@@ -59,7 +68,7 @@ def sharded(student: nn.Module, ranks: Ranks, device: torch.device, dtype: torch
         )
     for block in blocks(student):
         fully_shard(block.to(device), mesh=mesh, mp_policy=policy)
-    root = Root(student.to(device))
+    root = Root(student.to(device), keeps=keeps)
     fully_shard(root, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
     for module in root.modules():
         if isinstance(module, FSDPModule):
@@ -125,10 +134,10 @@ def whole_state(student: nn.Module) -> dict[str, Any]:
 
 
 def synchronise(root: Root, last: bool) -> None:
-    """Say whether the pass to come is the last of a step: gradients are sent then, for all passes together."""
-    module = _module(root)
-    module.set_requires_gradient_sync(last)
-    module.set_is_last_backward(last)
+    """Say whether the pass to come is the last of a step: gradients of all passes may be sent then, together."""
+    module, sends = _module(root), last or not root.keeps
+    module.set_requires_gradient_sync(sends)
+    module.set_is_last_backward(sends)
 
 
 def _module(root: Root) -> FSDPModule:

@@ -1,6 +1,6 @@
 """The student as a training begins: on its device, whole or sharded, and how its samples become passes."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ....storage.errors import StillroomError
 from ....storage.files.local import LocalFiles
 from ....storage.store.store import Store
 from ...loader.passes import Passes, training_passes
@@ -17,7 +18,7 @@ from ...recipe.sections import Loss
 from ...targets.teaching import Teaching
 from ...workers.job import Job
 from ..features import make_matching
-from .choice import chosen
+from .choice import chosen, keeps_gradients
 from .root import Root, sharded
 from .smaller import smaller
 
@@ -47,8 +48,26 @@ def placed(
         job.progress.say(f"{ranks.count} ranks train together: {how} ({held})")
     if held == "ddp":
         return model.to(device), None
-    root = sharded(model, ranks, device, dtype)
+    keeps = keeps_gradients(model, job.train, ranks, device, half=half)
+    root = sharded(model, ranks, device, dtype, keeps=keeps)
     return root.student, root
+
+
+def made_whole(job: Job, teacher_dir: Path, state: Mapping[str, Any]) -> nn.Module:
+    """A sharded student as a plain one, in the memory of the machine. `state`: what trained, whole.
+
+    Raises:
+        StillroomError: the state is not that of this student.
+    """
+    model = initial_student(job.recipe, teacher_dir)
+    trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
+    unknown = model.load_state_dict(state, strict=False).unexpected_keys
+    if wrong := [*sorted(trained - set(state)), *unknown]:
+        raise StillroomError(
+            f"train: the gathered student has not the weights of the one that it began as ({wrong[0]}). "
+            "Its checkpoint is kept. Set compute.sharding to ddp, and run again."
+        )
+    return model
 
 
 def packed(

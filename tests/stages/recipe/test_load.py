@@ -56,7 +56,7 @@ def test_a_misspelt_key_is_refused_with_line_and_nearest_key(
             "compute.workers: must be auto, or a whole number of at least 1 (got 0)",
         ),
         ("compute.workers=all", "compute.workers: must be auto, or a whole number"),
-        ("compute.processes=2", "compute.processes: one process trains a student so far (got 2)"),
+        ("compute.processes=two", "compute.processes: must be auto, or a whole number"),
         ("score=64", "score: must be a section, with keys of engine, engine_args, targets, k"),
         ("generate.keep=20", "generate.keep: must be a section, with keys of k (got 20)"),
         ("generate.keep={k:20}", "generate.keep.k:20: unknown key. A space follows a colon"),

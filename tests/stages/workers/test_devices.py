@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from stillroom.stages.recipe.engines import gpus_of
 from stillroom.stages.workers import devices
-from stillroom.stages.workers.devices import THREADS, VISIBLE, shared_out, visible_gpus
+from stillroom.stages.workers.devices import THREADS, VISIBLE, one_each, shared_out, visible_gpus
 from stillroom.storage.errors import UsageError
 
 EIGHT = [str(number) for number in range(8)]
@@ -109,3 +109,16 @@ def test_an_engine_says_how_many_it_needs() -> None:
     assert gpus_of({}) == 1
     assert gpus_of({"tensor_parallel_size": 4, "pipeline_parallel_size": 2, "max_num_seqs": 9}) == 8
     assert gpus_of({"tensor_parallel_size": "four"}) == 1  # the engine says what is wrong
+
+
+def test_processes_that_meet_have_a_gpu_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [one[VISIBLE] for one in one_each("auto", EIGHT)] == EIGHT
+    assert one_each(2, ["GPU-a", "GPU-b", "GPU-c"]) == [{VISIBLE: "GPU-a"}, {VISIBLE: "GPU-b"}]
+    assert one_each(1, EIGHT) == one_each("auto", []) == one_each("auto", ["0"]) == [{}]
+    with pytest.raises(
+        UsageError, match=r"^compute\.processes: 3 processes .* 2 GPUs are visible \(0, 1\)"
+    ):
+        one_each(3, ["0", "1"])
+    monkeypatch.delenv(THREADS, raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)))
+    assert one_each(3, []) == [{THREADS: "2"}] * 3

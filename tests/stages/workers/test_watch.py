@@ -1,0 +1,28 @@
+"""Who keeps the others waiting is named by the strongest sign, and nobody is where nothing singles one out."""
+
+from stillroom.stages.workers.watch import Sign, suspects
+
+
+def sign(beats: int = 9, meetings: int = 5, *, waits: bool = True) -> Sign:
+    return Sign(process="process 1 on a", beats=beats, meetings=meetings, at="a.py:1", waits=waits)
+
+
+def named(before: dict[int, Sign], now: dict[int, Sign]) -> list[int]:
+    return list(suspects(before, now)[0])
+
+
+def test_a_process_without_a_sign_of_life_comes_before_all_else() -> None:
+    before = {0: sign(5), 1: sign(5), 2: sign(5)}
+    assert named(before, {0: sign(9), 1: sign(5), 2: sign(9, meetings=4)}) == [1]
+
+
+def test_one_that_has_not_come_as_far_comes_before_one_that_is_elsewhere() -> None:
+    before = {0: sign(5), 1: sign(5), 2: sign(5)}
+    assert named(before, {0: sign(), 1: sign(waits=False), 2: sign(meetings=4)}) == [2]
+    assert named(before, {0: sign(), 1: sign(waits=False), 2: sign()}) == [1]
+
+
+def test_nobody_is_named_where_all_are_alike() -> None:
+    before = {0: sign(5), 1: sign(5)}
+    assert named(before, {0: sign(), 1: sign()}) == []
+    assert named(before, {0: sign(waits=False), 1: sign(waits=False)}) == []

@@ -116,6 +116,7 @@ def _in_order(
         return found
 
     while any(parts := ranks.each(some)):
+        job.agreed_stop()
         for _, tokens, made in sorted((one for part in parts for one in part), key=_number):
             if ranks.first:
                 yield tokens, made

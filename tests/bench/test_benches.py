@@ -79,6 +79,16 @@ def test_three_kills_of_a_run_that_asks_an_endpoint_lose_nothing(tmp_path: Path)
     assert outcome["asked_again_max"] <= 8
 
 
+@pytest.mark.slow
+def test_a_rank_that_is_killed_loses_no_sample() -> None:
+    words = [sys.executable, str(HERE / "rank_kills.py"), "--tiny"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    outcome = json.loads(done.stdout.splitlines()[-1])
+    assert (outcome["kills"], outcome["samples_missing"], outcome["samples_twice"]) == (1, 0, 0)
+    assert outcome["largest_relative_loss_difference"] < 1e-5
+
+
 def test_thirty_kills_lose_nothing(tmp_path: Path) -> None:
     words = [sys.executable, str(HERE / "kills.py"), "--tiny"]
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Trainings whose ranks are killed with SIGKILL, at a moment drawn, and started again in another number: what came of it."""
+"""Trainings whose ranks are killed with SIGKILL at a moment drawn, and which go on by another number of ranks."""
 
 import json
 import os

@@ -1,5 +1,6 @@
 """A training whose gradients are made up, sharded in any way: what its checkpoints hold is known bit for bit."""
 
+import json
 import os
 import signal
 import zlib
@@ -103,6 +104,20 @@ def go_on(ranks: Ranks, how: str, folder: Path, last: int) -> tuple[dict[str, An
     checkpoints.save(last, trainer.state(), {"last": last, "of": ranks.rank})
     checkpoints.keep(last)
     return begun, whole(trainer.state())
+
+
+def write_earlier(ranks: Ranks, folder: Path) -> dict[str, Any]:
+    """A checkpoint as a single process of before wrote it, after two steps; the state then."""
+    trainer, files = trainer_of(ranks, "alone"), LocalFiles(folder)
+    for number in range(2):
+        step(trainer, number)
+    groups = {"weights": trainer.weights(), "averages": trainer.averages()}
+    tensors = groups | {"optimizer": trainer.optimizer.state_dict()}
+    name = "checkpoints/step-00000002"
+    content = files.put_content(name, lambda path: torch.save(tensors, path), suffix=".pt")
+    record = {"tensors": content.name, "sha256": content.sha256, "state": {}}
+    files.put_if_absent(f"{name}/state.json", json.dumps(record).encode())
+    return whole(trainer.state())
 
 
 def read_weights(ranks: Ranks, how: str, folder: Path, number: int) -> dict[str, Any]:

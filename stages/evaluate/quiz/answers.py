@@ -61,6 +61,7 @@ class Quiz:
 
         The batches are the same for any number of ranks, which have them dealt out.
         """
+        job.agreed_stop()
         parts = job.ranks.each(lambda: self._of_rank(model, job))
         found = {number: text for part in parts for number, text in part.items()}
         return [found[number] for number in range(len(self.questions))]

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from ranked_evaluation import judge, shared
+from together import together
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -306,6 +308,28 @@ def test_every_arm_is_measured_as_defined(world: World) -> None:
     assert gap == pytest.approx(
         results["student"]["kl_teacher"] - results["baseline"]["kl_teacher"], abs=1e-9
     )
+
+
+@pytest.mark.numeric
+def test_any_number_of_ranks_finds_the_same(world: World, tmp_path: Path) -> None:
+    """All of it, bit for bit: numbers, errors, gradients, answers, what the report draws and shows."""
+    put_prompts(world, [f"w{n + 2}" for n in range(PROMPTS)])
+    asked = {"prompts": PROMPTS, "max_tokens": 4, "metric": "rouge_l"}
+    job = world.job(
+        world.score("full", VOCABULARY),
+        arms=("student", "baseline"),
+        evaluate={"generate": asked, "samples": 2, "gradient_tokens": 40},
+    )
+    found = []
+    for ranks, at_once in ((1, 16), (2, 2), (4, 16)):
+        answers = together(judge, shared(job), at_once, ranks=ranks)
+        done = answers[0].pop("done")
+        assert all(answer == answers[0] for answer in answers)
+        found.append((read(world) | {"seconds": 0}, answers[0], done))
+    assert found[0][0]["gradient"]
+    assert found[0][0]["views"]["rows"]
+    assert found[1] == found[0]
+    assert found[2] == found[0]
 
 
 @pytest.mark.numeric

@@ -8,7 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from sharded_training import damaged, failing, go_on, killed_while_saving, read_weights
+from sharded_training import (
+    damaged,
+    failing,
+    go_on,
+    killed_while_saving,
+    read_weights,
+    write_earlier,
+)
 from together import start, together
 
 from stillroom.stages.train.checkpoints import Checkpoints
@@ -53,6 +60,13 @@ def test_any_number_of_ranks_goes_on_from_any_other(tmp_path: Path) -> None:
     for ranks, how in ((1, "alone"), (2, "fsdp2")):
         for weights in together(read_weights, how, folder, 12, ranks=ranks):
             assert weights == {name: state[name] for name in weights}
+
+
+def test_ranks_go_on_from_a_checkpoint_of_before(tmp_path: Path) -> None:
+    """Whole tensors, the optimizer's by number: they become shards, by name."""
+    (state,) = together(write_earlier, tmp_path, ranks=1)
+    for begun, _ in together(go_on, "fsdp2", tmp_path, 3, ranks=2):
+        assert begun == state
 
 
 def test_a_rank_that_is_killed_leaves_the_checkpoint_before_whole(tmp_path: Path) -> None:

@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
+from ranked_evaluation import judge, shared
 from tiny_classes import rows_of
 from tiny_store import StopAfter
 from tiny_words import TAGS, Words, save_tiny_tagger, tagged
+from together import together
 from transformers import AutoModelForTokenClassification, AutoTokenizer
 
 from stillroom.pipeline.plan.plan import make_plan
@@ -198,6 +200,12 @@ class TestTraining:
         assert (measured["rows"], student["rows"]) == (12, 12)
         assert {"entity_precision", "entity_recall", "entity_f1"} <= student.keys()
         assert set(content["classes"]["arms"]["student"]["entities"]) == {"PER", "LOC"}
+        judged = shared(replace(job, train_dirs={"student": tmp_path / "student"}))
+        together(judge, judged, 2, ranks=2)
+        by_two = json.loads((tmp_path / "student" / "evaluation.json").read_text())
+        assert by_two | {"seconds": 0} == content | {"seconds": 0}, (
+            "words and entities by two ranks"
+        )
 
     def test_lora_trains_adapters_and_the_head(self, world: Words, tmp_path: Path) -> None:
         folder = save_tiny_tagger(tmp_path / "small", seed=4)

@@ -120,7 +120,7 @@ def _cluster(launch: Launch, asked: Asked) -> Iterator[Any]:
                     _temp_dir=scratch,
                     **quiet,
                 )
-        except (ConnectionError, RuntimeError) as error:
+        except Exception as error:  # Ray raises bare ones too
             where = (
                 f"the cluster at {os.environ['RAY_ADDRESS']}" if there else "Ray on this machine"
             )

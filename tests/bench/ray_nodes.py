@@ -4,8 +4,8 @@
 
 Two local nodes of Ray (`ray.cluster_utils.Cluster`), one with two actors and one with one, write the
 same completions with the same tiny teacher, greedily, in batches of 32. When two fifths of the rows
-are made, all processes of the node with two actors die by SIGKILL, its workers too, and nothing
-comes in its place.
+are made, and some of them by each actor, all processes of the node with two actors die by SIGKILL,
+its workers too, and nothing comes in its place.
 
 The recipe has no student, so that nothing is trained. `data` is Ray Data: `map_batches` with three
 actors and `CheckpointConfig` over Parquet files of a hundredth of the rows each, written as Parquet.
@@ -54,7 +54,7 @@ NOTED = """
     completion = HfEngine._completion
     def noted(self, request, *arguments):
         with open({path!r}, "a") as file:
-            file.write(f"{{request.seed}}\\n")
+            file.write(f"{{request.seed}} {{os.getpid()}}\\n")
         return completion(self, request, *arguments)
     HfEngine._completion = noted
 """
@@ -90,7 +90,7 @@ class Writing:
         out = self._model.generate(**given, max_new_tokens=TOKENS, do_sample=False)
         new = out[:, given["input_ids"].shape[1] :]
         with open(self._made, "a") as file:
-            file.write("".join(f"{number}\n" for number in batch["id"]))
+            file.write("".join(f"{number} {os.getpid()}\n" for number in batch["id"]))
         return {"id": batch["id"], "completion": self._tokenizer.batch_decode(new)}
 
 
@@ -177,9 +177,11 @@ def _share(process: psutil.Process) -> int:
     return 0
 
 
-def noted(made: Path) -> Counter[str]:
-    """Row -> how often it was made."""
-    return Counter(made.read_text().split()) if made.exists() else Counter()
+def noted(made: Path, what: int = 0) -> Counter[str]:
+    """Row (or, as the second of a line, process) -> how often it was made."""
+    lines = made.read_text().splitlines() if made.exists() else []
+    # The last line may be half there.
+    return Counter(words[what] for line in lines if len(words := line.split()) == 2)
 
 
 def begin(way: str, folder: Path, address: str) -> subprocess.Popen[bytes]:
@@ -237,6 +239,7 @@ def one(way: str, folder: Path, rows: int) -> dict[str, Any]:
         until(made.exists, driver, folder)
         found["seconds_to_first_row"] = round(time.monotonic() - began, 1)
         until(lambda: noted(made).total() >= 2 * rows // 5, driver, folder)
+        until(lambda: len(noted(made, 1)) == 3, driver, folder)
         found["made_before"] = noted(made).total()
         kill_node(nodes, two)
         code = driver.wait()

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import NamedTemporaryFile, TemporaryDirectory
 from typing import Any
 
 import duckdb
@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from ..errors import IntegrityError, StillroomError, UsageError
-from ..files.base import Files, file_sha256
+from ..files.base import Files, explained, file_sha256
 from ..tables.schema import KEY, TABLES, TableName
 from ..tables.shard import REPAIR
 from .commits import Commit
@@ -24,6 +24,8 @@ from .limits import GIVE_MORE, OF_COUNTS, OF_RESULTS, SETTINGS
 from .segments import INDEXED, Indexed, place_of, segment_schema
 from .stopping import stoppable
 from .store import Store
+
+_BATCH_ROWS = 1 << 16
 
 
 class Index:
@@ -93,6 +95,23 @@ class Index:
         """All rows of a query."""
         with _explained():
             return stoppable(self._connection, lambda: self._connection.sql(sql).to_arrow_table())
+
+    def on_disk(self, sql: str) -> pa.Table:
+        """All rows of a large query, in the order that it gives, in a file that no name leads to any more.
+
+        What is asked for is read from it; it ends with the table, or with the process.
+        """
+        with _explained(), NamedTemporaryFile(prefix="stillroom-") as file:
+            path = Path(file.name)
+            with explained("cannot write", path):
+                stoppable(self._connection, lambda: self._write(sql, path))
+                return pa.ipc.open_file(pa.memory_map(file.name)).read_all()
+
+    def _write(self, sql: str, path: Path) -> None:
+        found = self._connection.sql(sql).to_arrow_reader(_BATCH_ROWS)
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, found.schema) as writer:
+            for batch in found:
+                writer.write_batch(batch)
 
     def rows(self, sql: str) -> list[tuple[Any, ...]]:
         """All rows of a small query."""

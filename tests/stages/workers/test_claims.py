@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from stillroom.stages.workers.claims import Claims
+from stillroom.stages.workers.claims import Claims, in_turn
 from stillroom.storage.files.base import Files
 from stillroom.storage.files.local import LocalFiles
 
@@ -36,14 +36,16 @@ class Table:
             if backup and backups is not None:
                 backups.append(len(self.done))
 
-        for _, rows in Claims(files, "generate", data="d").blocks(
-            self.blocks, look=look, left=left
-        ):
-            for row in rows:
-                if row not in self.done:
-                    self.made[row] += 1
-                    yield row
-                    self.done.add(row)
+        claims = Claims(files, "generate", data="d")
+        first = True
+        while first or claims.wait is not None:
+            first = False
+            for had, rows in claims.blocks(self.blocks, look=look, left=left):
+                for row in in_turn(had, rows):
+                    if row not in self.done:
+                        self.made[row] += 1
+                        yield row
+                        self.done.add(row)
 
 
 def alternate(

@@ -59,6 +59,7 @@ class Claims:
         self._claims = Counter[int]()  # of each block, as far as known: there are no fewer
         self._last = -1
         self._parts: dict[int, _Part] | None = None
+        self._asked_again = False
         self._block_seconds = 0.0
         self._wait_until: float | None = None
 
@@ -94,32 +95,40 @@ class Claims:
             self._parts = self._in_parts(pending)
         while parts := self._parts:
             fewest = min(part.fewest for part in parts.values())
-            if fewest and again is not None:
+            if fewest and again is not None and not self._asked_again:
                 others = set().union(*(part.open for part in parts.values()))
-                self._parts, again = self._in_parts(others.intersection(again(others))), None
+                self._parts = self._in_parts(others.intersection(again(others)))
+                self._asked_again = True
                 continue
             look(fewest > 0)
             if fewest >= CROWD and self._waits(left):
                 return
             number = self._chosen([n for n, part in parts.items() if part.fewest == fewest])
-            part = parts[number]
-            self._see(number)
-            for block in self._in_order(part.with_claims(fewest, self._claims)):
-                requests = left(block)
-                if requests and self._claim(block, fewest):
-                    self._last, self._wait_until = block, None
-                    part.open.discard(block)
-                    began = time.monotonic()
-                    yield fewest, requests
-                    self._block_seconds = time.monotonic() - began
-                    break
-                if requests:  # another worker was a moment earlier
-                    self._claims[block] = fewest + 1
-                    break
+            if requests := self._taken(number, fewest, left):
+                began = time.monotonic()
+                yield fewest, requests
+                self._block_seconds = time.monotonic() - began
+
+    def _taken(self, number: int, fewest: int, left: Callable[[int], list[T]]) -> list[T]:
+        """What is left of a block with so few claims that this worker has claimed now, if it has one."""
+        assert self._parts is not None
+        part, requests = self._parts[number], list[T]()
+        self._see(number)
+        for block in self._in_order(part.with_claims(fewest, self._claims)):
+            requests = left(block)
+            if not requests:
                 part.open.discard(block)
-            part.count(self._claims)
-            if not part.open:
-                del parts[number]
+                continue
+            if self._claim(block, fewest):
+                self._last, self._wait_until = block, None
+                part.open.discard(block)
+            else:  # another worker was a moment earlier
+                self._claims[block], requests = fewest + 1, []
+            break
+        part.count(self._claims)
+        if not part.open:
+            del self._parts[number]
+        return requests
 
     def _waits(self, left: Callable[[int], list[T]]) -> bool:
         """Whether others are left alone, for they are at all that is left; what they have done is left out."""

@@ -6,10 +6,12 @@ the winner's record and tries again.
 """
 
 import base64
+import json
 import re
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from itertools import pairwise, takewhile
 from typing import Any
 
@@ -20,7 +22,7 @@ from ..keys import KEY_BYTES, KeySet, seal, unseal
 from ..tables.schema import RECORD_VERSION, TableName
 from ..tables.shard import ShardInfo, shard_name
 
-_AT_ONCE = 1024  # records read together: an object store answers many requests in the time of one
+_AT_ONCE = 256  # records read together: an object store answers many requests in the time of one
 _NEWEST = 1024  # commits that a writer keeps in memory, of what may be hundreds of thousands
 _NUMBERED = re.compile(r"[0-9]{8}\.json")
 _FEW = 1024  # numbers that may be missing, whatever is there
@@ -203,7 +205,9 @@ class CommitLog:
         for start in range(0, len(wanted), _AT_ONCE):
             names = {record_name(self.table, seq): seq for seq in wanted[start : start + _AT_ONCE]}
             found = self._files.read_many(list(names))
-            self._add([_read_record(data, self.table, names[name]) for name, data in found.items()])
+            for name, seq in names.items():  # one after the other: large ones have many keys
+                if name in found:
+                    self._add([_read_record(found.pop(name), self.table, seq)])
 
     def _add(self, records: Sequence[tuple[Commit, bytes]]) -> None:
         live = [(commit, joined) for commit, joined in records if commit.seq not in self._retired]
@@ -284,6 +288,12 @@ def _to_json(commit: Commit, keys: bytes) -> dict[str, Any]:
     }
 
 
+@lru_cache(maxsize=64)
+def _shared(versions: str) -> Mapping[str, Any]:
+    """One mapping for all records that say the same: there may be hundreds of thousands."""
+    return mapping(json.loads(versions))
+
+
 def _from_json(record: dict[str, Any]) -> tuple[Commit, bytes]:
     fields = {name: record[name] for name in record.keys() - {"format_version", "keys"}}
     fields["shard"] = ShardInfo.from_json(mapping(record["shard"]))
@@ -292,5 +302,5 @@ def _from_json(record: dict[str, Any]) -> tuple[Commit, bytes]:
     integer(record["tokens"])
     if type(record["seconds"]) not in (int, float) or not abs(record["seconds"]) < 2**53:
         raise ValueError("seconds are not a number")
-    mapping(record["versions"])
+    fields["versions"] = _shared(json.dumps(mapping(record["versions"])))
     return Commit(**fields), base64.b64decode(string(record["keys"]))

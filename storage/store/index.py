@@ -48,7 +48,8 @@ class Index:
             self.commits[table] = {}
             parts: list[str] = []
             for number, (part, first) in enumerate(store.parts):
-                found = part.indexed(table, write=write and number == 0)
+                scratch = Path(self._spill.name, str(number))
+                found = part.indexed(table, scratch=scratch, write=write and number == 0)
                 self.commits[table] |= {first + commit.seq: commit for commit in found.commits}
                 parts.append(f"{table}_{number}")
                 views.append(self._part(parts[-1], table, found, first=first))

@@ -36,7 +36,7 @@ from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 from unittest import mock
 
 import numpy as np
@@ -187,7 +187,7 @@ class Stored(ObjectFiles):
 class Keys:
     """In place of a `KeySet`: all logs have the same keys in the same order, so how many says which."""
 
-    order: dict[bytes, int] = {}
+    order: ClassVar[dict[bytes, int]] = {}
 
     def __init__(self, joined: bytes = b"") -> None:
         self._known = 0
@@ -403,7 +403,7 @@ def asked_for(made: int) -> dict[str, Any]:
     bucket = Bucket(0.0, 0.0)
     found: dict[str, Any] = {"commits": made}
     with TemporaryDirectory() as folder:
-        with mock.patch.object(writer, "keep_last_segment", lambda *_: None):
+        with mock.patch.object(writer, "keep_last_segment"):
             store = Store.from_files(Stored(bucket, Path(folder, "a")), create=True)
             rows = CommitLimits(rows=1)
             with store.writer("prompts", about={"stage": "data"}, limits=rows) as prompts:

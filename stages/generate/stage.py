@@ -30,7 +30,7 @@ from ..models.inputs.reads import too_long
 from ..models.inputs.rendering import Renderer
 from ..recipe.kinds import HF
 from ..targets.spec import Kept, kept_while_writing
-from ..workers.claims import Claims
+from ..workers.claims import Claims, in_turn
 from ..workers.job import Job, StageResult
 from ..workers.shard_about import about, about_targets
 from ..workers.share import DoneByOthers, Share, StageWork, open_share
@@ -59,6 +59,7 @@ def run(job: Job, author: Identity) -> StageResult:
             ledger=ledger,
             pending=pending,
             claims=_claims(job, store),
+            again=lambda: _asked(job, store)[1],
             limit_tokens=job.context_tokens,
             row_keys=lambda job, request: {"generations": [_row_key(job, request)]},
             names=_reject_names,
@@ -78,7 +79,8 @@ def run(job: Job, author: Identity) -> StageResult:
         engine = open_engine(engine_name, author, job.generate, job.clock, answers=answers)
         job.stop.check()
         job.progress.start(total=ledger.planned, unit="rows", done=ledger.committed)
-        writing.write(engine, writing.requests())
+        for _ in share.rounds():
+            writing.write(engine, writing.requests())
         for request in share.one_by_one():
             writing.write(engine, writing.rendered([request]))
         share.finish()
@@ -265,13 +267,11 @@ class _Writing:
         return {"soft_targets": [self._keeping(row, kept)] if kept else []}
 
     def requests(self) -> Iterator[Request]:
-        """Rendered requests, block by block; a block that is this worker's alone in the order of their lengths."""
+        """Rendered requests, block by block, those of a block in the order of their lengths, as claims have it."""
         for claims, block in self._share.blocks():
-            yield from self.rendered(block, by_length=claims == 0)
+            yield from self.rendered(block, claims=claims)
 
-    def rendered(
-        self, block: list[GenerationRequest], *, by_length: bool = False
-    ) -> Iterator[Request]:
+    def rendered(self, block: list[GenerationRequest], *, claims: int = 0) -> Iterator[Request]:
         """What can be rendered of some requests, each taken when it is asked for; the others are rejected."""
         ready = []
         for request, row in zip(block, self._prompts(block), strict=True):
@@ -279,9 +279,8 @@ class _Writing:
                 ready.append((request, self._rendered(row)))
             except RowError as error:
                 self._share.refuse(request, error)
-        if by_length:
-            ready.sort(key=lambda pair: len(pair[1].token_ids))
-        for request, prompt in ready:
+        ready.sort(key=lambda pair: len(pair[1].token_ids))
+        for request, prompt in in_turn(claims, ready):
             if self._share.take([request]):
                 number = next(self._numbers)
                 self._taken[number] = (request, prompt)

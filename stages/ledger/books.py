@@ -6,7 +6,7 @@ million need no Python objects.
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -84,16 +84,18 @@ class Pending(Generic[T]):
     """Requests still to do, in blocks: slices of what was planned, in an order that every worker computes alike."""
 
     def __init__(self, rows: pa.Table, planned: int, make: Callable[[pa.Table], list[T]]) -> None:
-        """`rows` have a `number`, their place among the `planned` requests."""
+        """`rows` are in the order of a `number`, their place among the `planned` requests."""
         # Small jobs are cut small, so that workers can share them.
         size = max(SMALLEST_BLOCK, min(512, planned // 64))
-        self._rows, self._make = rows.sort_by("number"), make
-        of = self._rows["number"].to_numpy() // size
-        blocks, starts, counts = np.unique(of, return_index=True, return_counts=True)
-        self._slices = {
-            b: (s, n)
-            for b, s, n in zip(blocks.tolist(), starts.tolist(), counts.tolist(), strict=True)
-        }
+        self._rows, self._make = rows, make
+        self._slices: dict[int, tuple[int, int]] = {}
+        begin = 0
+        for chunk in rows["number"].chunks:
+            found = np.unique(chunk.to_numpy() // size, return_counts=True)
+            for block, count in zip(*(array.tolist() for array in found), strict=True):
+                start, before = self._slices.get(block, (begin, 0))
+                self._slices[block] = start, before + count
+                begin += count
 
     def __len__(self) -> int:
         rows: int = self._rows.num_rows
@@ -108,6 +110,10 @@ class Pending(Generic[T]):
     def blocks(self) -> list[int]:
         """Blocks that hold a request still to do, ascending."""
         return list(self._slices)
+
+    def count(self, blocks: Iterable[int]) -> int:
+        """How many requests some blocks hold."""
+        return sum(self._slices[block][1] for block in blocks if block in self._slices)
 
     def read(self, block: int) -> list[T]:
         """The requests of a block."""

@@ -100,12 +100,11 @@ def pending_generations(books: Books, *, author_id: str) -> Pending[GenerationRe
     """What is still to be made, after `generation_ledger`."""
     generate = books.generate
     sampling = _sampling_id(books, author_id)
-    books.index.use_all_memory()
-    rows = books.index.table(f"""
+    rows = books.index.on_disk(f"""
         SELECT a.number, i.prompt_key::BLOB AS prompt_key, (a.number % {generate.samples})::INT AS sample_index, p.place
         FROM asked a JOIN inputs i ON i.number = a.number // {generate.samples}
         JOIN (SELECT prompt_key, min(place) AS place FROM prompts GROUP BY ALL) p ON p.prompt_key = i.prompt_key
-        WHERE a.place IS NULL AND a.reason IS NULL""")
+        WHERE a.place IS NULL AND a.reason IS NULL ORDER BY a.number""")
     ((planned,),) = books.index.rows("SELECT count(*) FROM asked")
 
     def make(block: pa.Table) -> list[GenerationRequest]:

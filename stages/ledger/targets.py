@@ -316,13 +316,13 @@ def pending_targets(
         f"CASE WHEN NOT s.held_out AND s.feature_{n} IS NULL THEN {n} END"
         for n in range(len(asked))
     )
-    rows = books.index.table(f"""
+    rows = books.index.on_disk(f"""
         SELECT s.number, s.tokens_key::BLOB AS tokens_key, s.key::BLOB AS key, c.prompt_key::BLOB AS prompt_key,
             c.place, s.tokens, s.held_out, s.target IS NULL AS targets, s.text_key::BLOB AS text_key,
             [{lacking}]::INTEGER[] AS lacking, {label}
         FROM (SELECT *, row_number() OVER (ORDER BY held_out DESC, tokens, tokens_key) - 1 AS number FROM scored) s
         JOIN chosen c USING (key) {with_label}
-        WHERE (s.target IS NULL OR NOT s.complete) AND s.reason IS NULL""")
+        WHERE (s.target IS NULL OR NOT s.complete) AND s.reason IS NULL ORDER BY s.number""")
     ((planned,),) = books.index.rows("SELECT count(*) FROM scored")
 
     def make(block: pa.Table) -> list[TargetRequest]:

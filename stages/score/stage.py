@@ -11,7 +11,6 @@ A GPU is kept busy: a pass is begun before what the one before it gave is collec
 and added, and the writer makes its shards in a thread of its own.
 """
 
-import random
 from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
@@ -28,7 +27,7 @@ from ..models.identity import Identity
 from ..recipe.features import captured
 from ..targets.masks import masks_of
 from ..targets.spec import wanted
-from ..workers.claims import Claims
+from ..workers.claims import Claims, in_turn
 from ..workers.job import Job, StageResult
 from ..workers.shard_about import about, about_targets
 from ..workers.share import Share, StageWork, open_share
@@ -61,6 +60,7 @@ def run(job: Job, teacher: Identity) -> StageResult:
             ledger=ledger,
             pending=pending,
             claims=_claims(job, teacher, store),
+            again=lambda: _asked(job, teacher, store)[1],
             limit_tokens=teacher.context_tokens,
             row_keys=partial(row_keys, engine=ran.engine),
             names=_reject_names,
@@ -83,13 +83,11 @@ def run(job: Job, teacher: Identity) -> StageResult:
 
 
 def _score_all(share: Share[TargetRequest], scorer: "Scorer", batch_tokens: int) -> None:
-    for claims, block in share.blocks():
-        cut = list(batches(block, batch_tokens))
-        if claims:
-            random.shuffle(cut)  # the one who is at this block too goes through it in order
-        for batch in cut:
-            scorer.score(batch)
-    scorer.collect()
+    for _ in share.rounds():
+        for claims, block in share.blocks():
+            for batch in in_turn(claims, list(batches(block, batch_tokens))):
+                scorer.score(batch)
+        scorer.collect()
     for request in share.one_by_one():
         scorer.score([request])
         scorer.collect()

@@ -2,12 +2,24 @@
 
 A block is a slice of the planned requests, the same for every worker. Before it works on a block a
 worker puts a claim, `claims/<stage>/<work id>/<block>.<n>.json`, where n counts the claims that the
-block had; of all blocks it takes one with the fewest. So blocks that nobody has claimed go first,
-then those with one claim, whose worker vanished or is busy with it still, and so on; a worker takes
-no block twice.
+block had; it takes one with as few as any. So blocks that nobody has claimed go first, then those
+with one claim, whose worker vanished or is busy with it still, and so on; a worker takes no block
+twice.
+
+Workers know nothing of one another, not even how many there are. Each goes through the work in an
+order of its own, a thousand blocks at a time, begins anywhere among these, and looks at their claims
+just before it puts its own: one request, as their names begin alike. So two workers meet only where
+both choose the same block within the time of two requests. A thousand that are all claimed are never
+looked at again for a free one.
+
+At the end all blocks are claimed. The second on a block comes from its other end (`in_turn`), so the
+two share what is left of it. More than two would make rows twice, so a worker that finds nothing with
+fewer claims leaves it to those two for about as long as it takes for a block itself. It looks whether
+they are done, and only then joins them.
 
 Claims are advice. That each row is in the store once is the commit log's doing, whatever workers
-do. So a claim is never withdrawn, and nobody asks how old it is: no lease, no heartbeat, no clock.
+do. So a claim is never withdrawn, and nobody asks how old it is: no lease, no heartbeat, and no clock
+but to wait a while.
 Work done twice is wasted at worst, and whoever commits first wins (backup tasks, as in MapReduce,
 Dean and Ghemawat 2004).
 """
@@ -18,6 +30,7 @@ import re
 import socket
 import time
 import uuid
+from bisect import bisect
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
@@ -26,8 +39,11 @@ from ...storage.files.base import Files
 from ...storage.keys import canonical_json, content_id
 
 T = TypeVar("T")
-LOOK_SHARE = 100
-"""So many times as long as a look takes lie between two: a hundredth of the time at most."""
+TOGETHER = 1000
+"""Blocks that are looked at together: an object store lists a thousand names in one request."""
+CROWD = 2
+"""Claims of a block that others are left alone with for a while."""
+_BEGINNING = 5  # digits that their names share
 _CLAIM = re.compile(r"(?P<block>[0-9]{8})\.(?P<number>[0-9]{1,9})\.json")
 
 
@@ -40,7 +56,19 @@ class Claims:
         self._folder = f"claims/{stage}/{content_id('work', stage=stage, **work)}"
         self._worker = uuid.uuid4().hex
         self._random = random.Random(self._worker)
-        self._next_look = 0.0
+        self._claims = Counter[int]()  # of each block, as far as known: there are no fewer
+        self._last = -1
+        self._parts: dict[int, _Part] | None = None
+        self._asked_again = False
+        self._block_seconds = 0.0
+        self._wait_until: float | None = None
+
+    @property
+    def wait(self) -> float | None:
+        """Seconds for which others are left alone with all that is left; None: nothing is."""
+        if not self._parts:
+            return None
+        return max(0.0, (self._wait_until or 0.0) - time.monotonic())
 
     def blocks(
         self,
@@ -48,70 +76,137 @@ class Claims:
         *,
         look: Callable[[bool], None],
         left: Callable[[int], list[T]],
+        again: Callable[[set[int]], Iterable[int]] | None = None,
     ) -> Iterator[tuple[int, list[T]]]:
         """Claim one block after the other, until none has anything left; how many had it before, and what is left.
 
-        Each block is chosen when the next is asked for. One that others had comes in an order of
-        its own, so that two workers on the same block meet somewhere instead of doing every row
-        twice.
+        Each block is chosen when the next is asked for. Where others are to be left alone with the
+        rest, it ends too, and `wait` says for how long; then it is called again.
 
         Args:
             pending: The blocks that have work.
             look: Called before each choice, to read what others committed; told whether all that is
                 left is claimed.
             left: The requests of a block that nobody has committed.
+            again: Asked once, when all that is left is claimed: which of the blocks that it is given
+                have work still. To ask `left` of each takes long where there are many.
         """
-        open_blocks = dict.fromkeys(pending)
-        claims = Counter[int]()
-        while open_blocks:
-            if time.monotonic() >= self._next_look:
-                claims = self._counts()
-            if claims[next(iter(open_blocks))] or not claims:
-                open_blocks = self._turned(open_blocks, claims)
-            in_order = sorted(open_blocks, key=lambda block: claims[block])
-            look(claims[in_order[0]] > 0)
-            for block in in_order:
-                requests = left(block)
-                if not requests:
-                    del open_blocks[block]
-                    continue
-                had = claims[block]
-                if self._claim(block, had):
-                    del open_blocks[block]
-                    if had:
-                        self._random.shuffle(requests)
-                    yield had, requests
-                if had or block in open_blocks:  # the others have come this far
-                    self._next_look = 0.0
-                break
+        if self._parts is None:
+            self._parts = self._in_parts(pending)
+        while parts := self._parts:
+            fewest = min(part.fewest for part in parts.values())
+            if fewest and again is not None and not self._asked_again:
+                others = set().union(*(part.open for part in parts.values()))
+                self._parts = self._in_parts(others.intersection(again(others)))
+                self._asked_again = True
+                continue
+            look(fewest > 0)
+            if fewest >= CROWD and self._waits(left):
+                return
+            number = self._chosen([n for n, part in parts.items() if part.fewest == fewest])
+            if requests := self._taken(number, fewest, left):
+                began = time.monotonic()
+                yield fewest, requests
+                self._block_seconds = time.monotonic() - began
 
-    def _turned(self, pending: Iterable[int], claims: Counter[int]) -> dict[int, None]:
-        """Blocks in their order from any one of those with the fewest claims, so that workers spread.
+    def _taken(self, number: int, fewest: int, left: Callable[[int], list[T]]) -> list[T]:
+        """What is left of a block with so few claims that this worker has claimed now, if it has one."""
+        assert self._parts is not None
+        part, requests = self._parts[number], list[T]()
+        self._see(number)
+        for block in self._in_order(part.with_claims(fewest, self._claims)):
+            requests = left(block)
+            if not requests:
+                part.open.discard(block)
+                continue
+            if self._claim(block, fewest):
+                self._last, self._wait_until = block, None
+                part.open.discard(block)
+            else:  # another worker was a moment earlier
+                self._claims[block], requests = fewest + 1, []
+            break
+        part.count(self._claims)
+        if not part.open:
+            del self._parts[number]
+        return requests
 
-        Else two of them that meet would go on side by side, and each claim of one would be tried by the
-        other.
-        """
-        blocks = sorted(pending)
-        fewest = min((claims[block] for block in blocks), default=0)
-        free = [number for number, block in enumerate(blocks) if claims[block] == fewest]
-        start = self._random.choice(free) if free else 0
-        return dict.fromkeys(blocks[start:] + blocks[:start])
+    def _waits(self, left: Callable[[int], list[T]]) -> bool:
+        """Whether others are left alone, for they are at all that is left; what they have done is left out."""
+        assert self._parts is not None
+        if self._wait_until is None:
+            self._wait_until = time.monotonic() + self._block_seconds * self._random.uniform(
+                0.5, 1.5
+            )
+        for number, part in list(self._parts.items()):
+            for block in list(part.open):
+                if left(block):
+                    return time.monotonic() < self._wait_until
+                part.open.discard(block)
+            del self._parts[number]
+        return True
 
-    def _counts(self) -> Counter[int]:
-        """How many claims each block has; the next look is due when this one has taken little of the time."""
-        began, counts = time.monotonic(), Counter[int]()
-        for name in self._files.names(
-            self._folder
-        ):  # old claims may have been vacuumed: the highest number counts
+    def _in_parts(self, pending: Iterable[int]) -> dict[int, "_Part"]:
+        """Blocks that have work, by the beginning of their names, in an order of this worker's own."""
+        parts: dict[int, _Part] = {}
+        for block in pending:
+            parts.setdefault(block // TOGETHER, _Part()).open.add(block)
+        numbers = sorted(parts)
+        self._random.shuffle(numbers)
+        for part in parts.values():
+            part.count(self._claims)
+        return {number: parts[number] for number in numbers}
+
+    def _chosen(self, numbers: list[int]) -> int:
+        """Where it was last, if it can go on there; else the next of its order."""
+        here = self._last // TOGETHER
+        return here if here in numbers else numbers[0]
+
+    def _in_order(self, blocks: list[int]) -> list[int]:
+        """On from the last one, as long as nobody else is there; else from any."""
+        start = bisect(blocks, self._last)
+        if start == len(blocks) or blocks[start] != self._last + 1:
+            start = self._random.randrange(len(blocks) or 1)
+        return blocks[start:] + blocks[:start]
+
+    def _see(self, number: int) -> None:
+        """Look at the claims of blocks whose names begin alike."""
+        for name in self._files.names(self._folder, f"{number:0{_BEGINNING}d}"):
             if found := _CLAIM.fullmatch(name):
-                block, number = int(found["block"]), int(found["number"])
-                counts[block] = max(counts[block], number + 1)
-        now = time.monotonic()
-        self._next_look = now + LOOK_SHARE * (now - began)
-        return counts
+                # Old claims may have been vacuumed: the highest number counts.
+                block, claims = int(found["block"]), int(found["number"]) + 1
+                self._claims[block] = max(self._claims[block], claims)
 
     def _claim(self, block: int, number: int) -> bool:
         who = {"worker": self._worker, "host": socket.gethostname(), "process": os.getpid()}
         return self._files.put_if_absent(
             f"{self._folder}/{block:08d}.{number}.json", canonical_json(who)
         )
+
+
+class _Part:
+    """Blocks whose names begin alike."""
+
+    def __init__(self) -> None:
+        self.open: set[int] = set()
+        """Those that may have work, and that this worker has not taken."""
+        self.fewest = 0
+        """Claims that one of them has at least, as far as known."""
+
+    def with_claims(self, number: int, claims: Counter[int]) -> list[int]:
+        """The open blocks that have so many claims, ascending."""
+        return sorted(block for block in self.open if claims[block] == number)
+
+    def count(self, claims: Counter[int]) -> None:
+        """Say anew how few claims there are."""
+        self.fewest = min((claims[block] for block in self.open), default=0)
+
+
+def in_turn(claims: int, rows: list[T]) -> list[T]:
+    """A block's rows, in the order in which a worker does them who finds so many claims on it.
+
+    The first goes through them in their order, the second comes from the end, so that the two meet;
+    whoever comes after them goes at random.
+    """
+    if claims > 1:
+        return random.sample(rows, len(rows))
+    return rows[::-1] if claims else rows

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 LOOK_SECONDS = 2.0  # at least, between two looks at what others committed
 LOOK_SHARE = 20  # and so many times as long as a look takes: a twentieth of the time at most
+_NAP_SECONDS = 0.2
+MANY_BLOCKS = 1000  # of more than these, what others have done is not looked for row by row
 
 
 class Asked(Protocol):
@@ -66,6 +68,8 @@ class StageWork(Generic[R]):
     """What the model reads at once; a part of a reject's name."""
     row_keys: Callable[[Job, R], RowKeys]
     """Keys of the rows that are made for a request."""
+    again: Callable[[], Pending[R]]
+    """Asks the books anew what is pending, in the same blocks."""
     names: Callable[[Job, R], dict[str, Any]]
     """What a rejects row calls the request, besides its prompt."""
     beside: Mapping[TableName, dict[str, Any]] = field(default_factory=dict)
@@ -127,9 +131,12 @@ class Share(Generic[R]):
     journal: Journal
     suspects: Suspects
     _failed: Rejects = field(init=False)
+    _pending: Pending[R] = field(init=False)
     _in_flight: dict[bytes, R] = field(default_factory=dict)
     _aside: dict[bytes, R] = field(default_factory=dict)
     _killers: dict[bytes, R] = field(default_factory=dict)
+    _gone_of: dict[int, int] = field(default_factory=dict)
+    """Of each block that was looked at, the requests that others had done by then."""
     _refused: int = 0
     _exhausted: bool = False
     _alone: bool = False
@@ -137,11 +144,30 @@ class Share(Generic[R]):
 
     def __post_init__(self) -> None:
         self._failed = Rejects(self.rejects, proven=self.work.ledger.committed > 0)
+        self._pending = self.work.pending
+
+    def rounds(self) -> Iterator[None]:
+        """Once, and then again as long as `blocks` has left work to others: it waits until they may need help.
+
+        Nothing is in flight between two rounds.
+        """
+        yield
+        while (wait := self.work.claims.wait) is not None:
+            until = time.monotonic() + min(wait, LOOK_SECONDS)
+            while (left := until - time.monotonic()) > 0:
+                time.sleep(min(left, _NAP_SECONDS))
+                self.heartbeat()
+            yield
 
     def blocks(self) -> Iterator[tuple[int, list[R]]]:
         """How many have a block already, and its requests; the next block is claimed when it is asked for."""
-        pending = self.work.pending.blocks
-        blocks = self.work.claims.blocks(pending, look=self._look, left=self._left)
+        pending = self._pending.blocks
+        blocks = self.work.claims.blocks(
+            pending,
+            look=self._look,
+            left=self._left,
+            again=self._again if len(pending) > MANY_BLOCKS else None,
+        )
         yield from self.job.clock.each("disk", blocks)
         self._exhausted = True
 
@@ -280,16 +306,26 @@ class Share(Generic[R]):
         wanted = self.work.row_keys(self.job, request)
         return all(self.tables[table].committed(key) for table in wanted for key in wanted[table])
 
+    def _again(self, blocks: set[int]) -> list[int]:
+        """Which blocks have work still: the books know it of all at once, where a worker asks for each row."""
+        self._look(True)
+        before = self._pending.count(blocks)
+        self._pending = self.work.again()
+        self.job.progress.others(before - self._pending.count(blocks))
+        return self._pending.blocks
+
     def _left(self, block: int) -> list[R]:
-        left = []
-        for request in self.work.pending.read(block):
+        left, gone = [], 0
+        for request in self._pending.read(block):
             key = request.reuse_key
             if self._gone(request):
-                self.job.progress.others()
+                gone += 1
             elif key in self.suspects.killers:
                 self._killers[key] = request
             elif key in self.suspects.alone:
                 self._aside[key] = request
             else:
                 left.append(request)
+        self.job.progress.others(gone - self._gone_of.get(block, 0))
+        self._gone_of[block] = gone
         return left

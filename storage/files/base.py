@@ -102,10 +102,10 @@ class Files(Protocol):
             FileNotFoundError: the file is not there.
         """
 
-    def names(self, folder: str) -> list[str]:
-        """Names of the files in a folder, sorted; none if the folder is not there.
+    def names(self, folder: str, prefix: str = "") -> list[str]:
+        """Names of the files in a folder that begin with a prefix, sorted; none if the folder is not there.
 
-        Temporary files are left out.
+        Temporary files are left out. An object store lists no others than those.
         """
 
     def walk(self, folder: str = "") -> Iterator[tuple[str, int, float]]:

@@ -123,7 +123,7 @@ class LocalFiles(FilesOnDisk):
                 self._sync_folder(path.parent)
 
     @override
-    def names(self, folder: str) -> list[str]:
+    def names(self, folder: str, prefix: str = "") -> list[str]:
         with explained("cannot list", self.path(folder)):
             try:
                 entries = list(os.scandir(self.path(folder)))
@@ -132,7 +132,9 @@ class LocalFiles(FilesOnDisk):
             return sorted(
                 entry.name
                 for entry in entries
-                if entry.is_file() and not entry.name.startswith(".")
+                if entry.name.startswith(prefix)
+                and not entry.name.startswith(".")
+                and entry.is_file()
             )
 
     @override

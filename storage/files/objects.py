@@ -13,8 +13,8 @@ import io
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -102,10 +102,10 @@ class ObjectFiles(Files):
         keys = {self._key(name): name for name in names}
         found = {}
         for key, data in self.system.cat(list(keys), on_error="return", start=0).items():
-            try:
-                found[keys[key]] = bytes(data) if isinstance(data, bytes) else self.read(keys[key])
-            except FileNotFoundError:
+            if isinstance(data, FileNotFoundError):
                 continue
+            with suppress(FileNotFoundError):
+                found[keys[key]] = bytes(data) if isinstance(data, bytes) else self.read(keys[key])
         return found
 
     @override
@@ -143,10 +143,9 @@ class ObjectFiles(Files):
         return digest.hexdigest()
 
     @override
-    def names(self, folder: str) -> list[str]:
-        return sorted(
-            name for name, kind in self._list(folder) if kind == "file" and not name.startswith(".")
-        )
+    def names(self, folder: str, prefix: str = "") -> list[str]:
+        files = (name for name, kind in self._list(folder, prefix) if kind == "file")
+        return sorted(n for n in files if n.startswith(prefix) and not n.startswith("."))
 
     @override
     def walk(self, folder: str = "") -> Iterator[tuple[str, int, float]]:
@@ -235,16 +234,23 @@ class ObjectFiles(Files):
     def _key(self, name: str) -> str:
         return f"{self._path}/{name}" if name else self._path
 
-    def _list(self, folder: str) -> list[tuple[str, str]]:
-        """(name, `file` or `directory`) of what lies in a folder."""
+    def _list(self, folder: str, prefix: str = "") -> list[tuple[str, str]]:
+        """(name, `file` or `directory`) of what lies in a folder, at least of what begins with a prefix."""
         with self._explained("cannot list", folder):
             try:
-                entries = self.system.ls(self._key(folder), detail=True)
+                entries = self._entries(self._key(folder), prefix)
             except FileNotFoundError:
                 return []
         found = ((entry["name"].rstrip("/"), entry["type"]) for entry in entries)
         # What a web console makes for an empty folder is an object with the folder's own name.
         return [(key.rpartition("/")[2], kind) for key, kind in found if key != self._key(folder)]
+
+    def _entries(self, key: str, prefix: str) -> Iterable[Any]:
+        if not prefix:
+            return self.system.ls(key, detail=True)  # type: ignore[no-any-return]
+        # Drivers of buckets hand the prefix on; those that know none list all.
+        found = self.system.find(key, detail=True, prefix=prefix).values()
+        return [entry for entry in found if entry["name"].rpartition("/")[0] == key]
 
     def _open(self) -> tuple[Any, str]:
         from fsspec.core import url_to_fs

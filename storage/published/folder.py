@@ -248,7 +248,9 @@ class Published(Store):
             infos = [info for info in self.shards(table) if info.sha256 == sha256]
         return [StoredFile(self.files, info.name, info.sha256, PublishedFile) for info in infos]
 
-    def indexed(self, table: TableName, *, write: bool = False) -> Indexed:
+    def indexed(
+        self, table: TableName, *, scratch: Path | None = None, write: bool = False
+    ) -> Indexed:
         """What a plan asks of the rows; nothing is written."""
         commits = self.commits(table)
         if not commits:

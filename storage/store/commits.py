@@ -8,11 +8,13 @@ race reads the winner's record and tries again.
 """
 
 import base64
+import json
 import re
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import pairwise
+from functools import lru_cache
+from itertools import pairwise, takewhile
 from typing import Any
 
 from ..bounds import integer, mapping, string, understood
@@ -22,7 +24,8 @@ from ..keys import KEY_BYTES, KeySet, seal, unseal
 from ..tables.schema import RECORD_VERSION, TableName
 from ..tables.shard import ShardInfo, shard_name
 
-_AT_ONCE = 1024  # records read together: an object store answers many requests in the time of one
+_AT_ONCE = 256  # records read together: an object store answers many requests in the time of one
+_NEWEST = 1024  # commits that a writer keeps in memory, of what may be hundreds of thousands
 _NUMBERED = re.compile(r"[0-9]{8}\.json")
 _FEW = 1024  # numbers that may be missing, whatever is there
 
@@ -127,7 +130,10 @@ class CommitLog:
         """Keys of every live row, where they are tracked."""
 
     def refresh(self) -> list[Commit]:
-        """List what there is, read what is new, and return the live commits, oldest first."""
+        """List what there is, read what is new, and return the live commits, oldest first.
+
+        Of a log that keeps keys, only the newest.
+        """
         retired = set(listed(self._files, self.table, "retired"))
         committed = set(listed(self._files, self.table, "commits"))
         # A listing made while others commit may leave a number out below the last: ask for those
@@ -151,10 +157,23 @@ class CommitLog:
         return [self._live[seq] for seq in range(first, self.next) if seq in self._live]
 
     def advance(self) -> None:
-        """Read the records after the known ones, each by name: cheap, but blind to withdrawals."""
-        while (record := read_commit(self._files, self.table, self.next)) is not None:
-            self._add([record])
-            self.next += 1
+        """Read the records that follow those known, asking for them by name: cheap, but blind to withdrawals."""
+        self._follow(1)
+
+    def _follow(self, ahead: int) -> None:
+        """Ask for so many records at once, for twice as many if all are there, and so on."""
+        while True:
+            names = [record_name(self.table, self.next + n) for n in range(ahead)]
+            found = self._files.read_many(names)
+            # Beyond one that is not there, one may be that came meanwhile: it is for the next look.
+            there = list(takewhile(found.__contains__, names))
+            seqs = range(self.next, self.next + len(there))
+            pairs = zip(there, seqs, strict=True)
+            self._add([_read_record(found[name], self.table, seq) for name, seq in pairs])
+            self.next += len(there)
+            if len(there) < ahead:
+                return
+            ahead = min(2 * ahead, _AT_ONCE)
 
     def append(
         self, fields: Mapping[str, Any], shard: ShardInfo, keys: Iterable[bytes]
@@ -173,7 +192,7 @@ class CommitLog:
         joined = b"".join(keys)
         record = seal(_to_json(commit, joined))
         if not self._files.put_if_absent(record_name(self.table, commit.seq), record):
-            self.advance()
+            self._follow(2)  # the winner's, and whether there are more
             return None
         if self._files.exists(record_name(self.table, commit.seq, folder="retired")):
             # `repair` gave this number up while no record was there: nothing stands under it.
@@ -188,13 +207,17 @@ class CommitLog:
         for start in range(0, len(wanted), _AT_ONCE):
             names = {record_name(self.table, seq): seq for seq in wanted[start : start + _AT_ONCE]}
             found = self._files.read_many(list(names))
-            self._add([_read_record(data, self.table, names[name]) for name, data in found.items()])
+            for name, seq in names.items():  # one after the other: large ones have many keys
+                if name in found:
+                    self._add([_read_record(found.pop(name), self.table, seq)])
 
     def _add(self, records: Sequence[tuple[Commit, bytes]]) -> None:
         live = [(commit, joined) for commit, joined in records if commit.seq not in self._retired]
         self._live |= {commit.seq: commit for commit, _ in live}
         if self._track_keys:
             self.keys.update(b"".join(joined for _, joined in live))
+            if len(self._live) > 2 * _NEWEST:
+                self._live = dict(list(self._live.items())[-_NEWEST:])
 
 
 def retire(files: Files, table: TableName, seq: int, *, reason: str) -> bool:
@@ -270,6 +293,12 @@ def _to_json(commit: Commit, keys: bytes) -> dict[str, Any]:
     }
 
 
+@lru_cache(maxsize=64)
+def _shared(versions: str) -> Mapping[str, Any]:
+    """One mapping for all records that say the same: there may be hundreds of thousands."""
+    return mapping(json.loads(versions))
+
+
 def _from_json(record: dict[str, Any]) -> tuple[Commit, bytes]:
     fields = {name: record[name] for name in record.keys() - {"format_version", "keys"}}
     fields["shard"] = ShardInfo.from_json(mapping(record["shard"]))
@@ -278,5 +307,5 @@ def _from_json(record: dict[str, Any]) -> tuple[Commit, bytes]:
     integer(record["tokens"])
     if type(record["seconds"]) not in (int, float) or not abs(record["seconds"]) < 2**53:
         raise ValueError("seconds are not a number")
-    mapping(record["versions"])
+    fields["versions"] = _shared(json.dumps(mapping(record["versions"])))
     return Commit(**fields), base64.b64decode(string(record["keys"]))

@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import NamedTemporaryFile, TemporaryDirectory
 from typing import Any
 
 import duckdb
@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from ..errors import IntegrityError, StillroomError, UsageError
-from ..files.base import Files, file_sha256
+from ..files.base import Files, explained, file_sha256
 from ..tables.schema import KEY, TABLES, TableName
 from ..tables.shard import REPAIR
 from .commits import Commit
@@ -26,6 +26,8 @@ from .limits import GIVE_MORE, OF_COUNTS, OF_RESULTS, SETTINGS
 from .segments import INDEXED, Indexed, place_of, segment_schema
 from .stopping import stoppable
 from .store import Store
+
+_BATCH_ROWS = 1 << 16
 
 
 class Index:
@@ -48,7 +50,8 @@ class Index:
             self.commits[table] = {}
             parts: list[str] = []
             for number, (part, first) in enumerate(store.parts):
-                found = part.indexed(table, write=write and number == 0)
+                scratch = Path(self._spill.name, str(number))
+                found = part.indexed(table, scratch=scratch, write=write and number == 0)
                 self.commits[table] |= {first + commit.seq: commit for commit in found.commits}
                 parts.append(f"{table}_{number}")
                 views.append(self._part(parts[-1], table, found, first=first))
@@ -97,6 +100,23 @@ class Index:
         """All rows of a query."""
         with _explained():
             return stoppable(self._connection, lambda: self._connection.sql(sql).to_arrow_table())
+
+    def on_disk(self, sql: str) -> pa.Table:
+        """All rows of a large query, in the order that it gives, in a file that no name leads to any more.
+
+        What is asked for is read from it; it ends with the table, or with the process.
+        """
+        with _explained(), NamedTemporaryFile(prefix="stillroom-") as file:
+            path = Path(file.name)
+            with explained("cannot write", path):
+                stoppable(self._connection, lambda: self._write(sql, path))
+                return pa.ipc.open_file(pa.memory_map(file.name)).read_all()
+
+    def _write(self, sql: str, path: Path) -> None:
+        found = self._connection.sql(sql).to_arrow_reader(_BATCH_ROWS)
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, found.schema) as writer:
+            for batch in found:
+                writer.write_batch(batch)
 
     def rows(self, sql: str) -> list[tuple[Any, ...]]:
         """All rows of a small query."""

@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 
 from ..errors import IntegrityError
 from ..files.base import Files, file_sha256
+from ..files.local import LocalFiles
 from ..keys import content_id
 from ..tables.schema import SCHEMAS, TableName
 from ..tables.shard import ShardFile
@@ -103,16 +104,26 @@ class Indexed:
     """Files with the others."""
 
 
-def indexed(files: Files, table: TableName, commits: list[Commit], *, write: bool) -> Indexed:
-    """The rows of these commits; `write`: keep the segments that are missing."""
+def indexed(
+    files: Files, table: TableName, commits: list[Commit], *, write: bool, scratch: Path
+) -> Indexed:
+    """The rows of these commits.
+
+    Args:
+        files: Where the store lies.
+        table: Whose rows.
+        commits: The live ones.
+        write: Keep the segments that are missing.
+        scratch: A folder that they are made in else: in memory are few rows, whatever there is.
+    """
     known = Segments(files, table)
+    into = files if write else LocalFiles(scratch)
     segments: list[Path] = []
     covered: set[int] = set()
     for part in complete(commits):
-        name = known.find(part) or (known.put(part) if write else None)
-        if name is not None:
-            segments.append(files.local(name))
-            covered.update(commit.seq for commit in part)
+        name = known.find(part)
+        segments.append(files.local(name) if name else into.local(known.put(part, into=into)))
+        covered.update(commit.seq for commit in part)
     newest = read_columns(files, table, [commit for commit in commits if commit.seq not in covered])
     return Indexed(commits, newest, segments)
 
@@ -153,15 +164,15 @@ class Segments:
         last = place_of(commits[-1].seq, commits[-1].shard.rows - 1)
         return all(s is not None and first <= s.min and s.max <= last for s in found)
 
-    def put(self, commits: Sequence[Commit]) -> str:
-        """Make a segment; returns its name."""
+    def put(self, commits: Sequence[Commit], *, into: Files | None = None) -> str:
+        """Make a segment, in the store or elsewhere; returns its name."""
         rows = read_columns(self._files, self._table, commits)
         buffer = io.BytesIO()
         pq.write_table(rows, buffer, compression="zstd", compression_level=1)
         data = buffer.getvalue()
         digest = hashlib.sha256(data).hexdigest()[:32]
         name = f"{self._folder}/{self._id(commits)}-{digest}.parquet"
-        self._files.replace(name, data)
+        (into or self._files).replace(name, data)
         return name
 
     def _id(self, commits: Sequence[Commit]) -> str:

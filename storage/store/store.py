@@ -99,9 +99,9 @@ class Store:
         """The files that hold a table's rows."""
         return [commit.shard for commit in self.commits(table)]
 
-    def indexed(self, table: TableName, *, write: bool = False) -> Indexed:
-        """What a plan asks of a table's rows; `write`: keep the index segments that are missing."""
-        return indexed(self.files, table, self.commits(table), write=write)
+    def indexed(self, table: TableName, *, scratch: Path, write: bool = False) -> Indexed:
+        """What a plan asks of a table's rows: `segments.indexed`."""
+        return indexed(self.files, table, self.commits(table), write=write, scratch=scratch)
 
     def source_of(self, table: TableName, sha256: str) -> str:
         """Which read-only source a shard is in; empty: the store's own."""

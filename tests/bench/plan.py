@@ -3,6 +3,7 @@
 Ten million prompts, six million of them answered.
 
     python tests/bench/plan.py DIR [--prompts 10000000] [--done 6000000] [--runs 3] [--tiny]
+        [--commit-rows 256]
 
 Makes a store in DIR whose rows are as a run writes them (256 to a commit, keys random as hashes
 are; the texts are short, a plan does not read them), then runs `stillroom plan` on it in a process
@@ -122,7 +123,7 @@ def columns(table: TableName, given: dict[str, Any], rows: int) -> pa.Table:
     return pa.Table.from_arrays(arrays, schema=SCHEMAS[table])
 
 
-def make_store(recipe_file: Path, prompts: int, done: int) -> None:
+def make_store(recipe_file: Path, prompts: int, done: int, commit_rows: int) -> None:
     """Prompts, inputs, and generations of the first `done` prompts."""
     recipe = load_recipe(recipe_file, [])
     store = Store.from_files(UnsyncedFiles(Path(recipe.storage.dir)), create=True)
@@ -141,7 +142,7 @@ def make_store(recipe_file: Path, prompts: int, done: int) -> None:
     inputs = {
         "key": prompt_keys,
         "prompt_key": prompt_keys,
-        "split": pa.array(np.where(held_out, "test", "train")),
+        "split": pa.DictionaryArray.from_arrays(held_out.astype(np.int8), ["train", "test"]),
         "windows": pa.array(np.ones(prompts, np.int32)),
         "first": pa.array(np.ones(prompts, bool)),
     }
@@ -164,8 +165,8 @@ def make_store(recipe_file: Path, prompts: int, done: int) -> None:
         "row_seed": 0,
     }
     log = CommitLog(store.files, "generations")
-    for start in range(0, done, 256):
-        rows = min(256, done - start)
+    for start in range(0, done, commit_rows):
+        rows = min(commit_rows, done - start)
         named = {name: keys(rows, rng) for name in ("key", "reuse_key", "tokens_key")}
         given = constant | named | {"prompt_key": prompt_keys.slice(start, rows)}
         commit(store, log, columns("generations", given, rows))
@@ -196,6 +197,7 @@ def main() -> None:
     parser.add_argument("dir", type=Path)
     parser.add_argument("--prompts", type=int, default=10_000_000)
     parser.add_argument("--done", type=int, default=6_000_000)
+    parser.add_argument("--commit-rows", type=int, default=256, help="of generations")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args()
@@ -208,7 +210,7 @@ def main() -> None:
     if not (folder / "made").exists():
         make_teacher(folder / "teacher")
         make_source(folder / "prompts.jsonl", prompts)
-        make_store(recipe_file, prompts, done)
+        make_store(recipe_file, prompts, done, options.commit_rows)
         (folder / "made").touch()
     began = time.monotonic()
     with (folder / "prompts.jsonl").open("rb") as file:
@@ -220,7 +222,7 @@ def main() -> None:
     result = {
         "prompts": prompts,
         "done": done,
-        "commits": -(-done // 256) + -(-prompts // 8192),
+        "commits": -(-done // options.commit_rows) + -(-prompts // 8192),
         "plan_seconds": [round(p["seconds"], 2) for p in plans],
         "median_seconds": round(statistics.median(p["seconds"] for p in plans), 2),
         "peak_gib": round(max(p["peak_gib"] for p in plans), 3),

@@ -198,10 +198,8 @@ def test_the_scale_bench_runs(more: list[str]) -> None:
         0,
         0,
     )
-    assert (
-        eight["claims_refused_percent"] < 5
-    )  # a third where all go on side by side after they have met
-    assert (eight["reads_per_commit"] > 8) == (not more)  # each reads what all have done
+    assert eight["claims_refused_percent"] < 2
+    assert ("commits_per_second" in eight) == (not more)
 
 
 @pytest.mark.slow

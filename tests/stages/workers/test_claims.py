@@ -4,10 +4,12 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from stillroom.stages.workers.claims import Claims
+from stillroom.stages.workers import claims as claims_module
+from stillroom.stages.workers.claims import Claims, in_turn
 from stillroom.storage.files.base import Files
 from stillroom.storage.files.local import LocalFiles
 
@@ -36,14 +38,16 @@ class Table:
             if backup and backups is not None:
                 backups.append(len(self.done))
 
-        for _, rows in Claims(files, "generate", data="d").blocks(
-            self.blocks, look=look, left=left
-        ):
-            for row in rows:
-                if row not in self.done:
-                    self.made[row] += 1
-                    yield row
-                    self.done.add(row)
+        claims = Claims(files, "generate", data="d")
+        first = True
+        while first or claims.wait is not None:
+            first = False
+            for had, rows in claims.blocks(self.blocks, look=look, left=left):
+                for row in in_turn(had, rows):
+                    if row not in self.done:
+                        self.made[row] += 1
+                        yield row
+                        self.done.add(row)
 
 
 def alternate(
@@ -146,3 +150,84 @@ def test_a_claim_that_is_gone_leaves_no_hole_to_fall_into(tmp_path: Path) -> Non
         "00000000.4.json",
         "00000001.4.json",
     }
+
+
+def test_two_share_a_block_from_both_ends_and_more_leave_them_alone_for_a_while(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(claims_module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    done: set[int] = set()
+    workers = [Claims(LocalFiles(tmp_path), "generate", data="d") for _ in range(3)]
+
+    def take(worker: Claims, blocks: list[int]) -> Iterator[tuple[int, list[int]]]:
+        return worker.blocks(
+            blocks, look=lambda _: None, left=lambda _: [r for r in range(ROWS) if r not in done]
+        )
+
+    first, second = take(workers[0], [0]), take(workers[1], [0])
+    assert [in_turn(*next(one)) for one in (first, second)] == [
+        [*range(ROWS)],
+        [*range(ROWS)][::-1],
+    ]
+    third = take(workers[2], [1, 0])  # it knows how long it takes for a block
+    assert next(third)[0] == 0
+    now[0] = 100.0
+    assert list(third) == []
+    assert 50 <= workers[2].wait <= 150
+    now[0] += 40.0
+    assert list(take(workers[2], [])) == []
+    now[0] += 120.0  # they may be dead
+    (claimed,) = take(workers[2], [])
+    assert (claimed[0], sorted(in_turn(*claimed))) == (2, [*range(ROWS)])
+    assert workers[2].wait is None
+
+
+def test_whoever_waits_ends_when_the_others_are_done(tmp_path: Path) -> None:
+    done: set[int] = set()
+    workers = [Claims(LocalFiles(tmp_path), "generate", data="d") for _ in range(3)]
+    left = lambda block: [] if block in done else [block]  # noqa: E731
+    mine = [w.blocks([0], look=lambda _: None, left=left) for w in workers]
+    next(mine[0]), next(mine[1])
+    workers[2]._block_seconds = 1e9
+    assert list(mine[2]) == []
+    assert workers[2].wait is not None
+    done.add(0)
+    assert list(workers[2].blocks([], look=lambda _: None, left=left)) == []
+    assert workers[2].wait is None
+
+
+def test_of_many_blocks_the_books_say_what_is_left(tmp_path: Path) -> None:
+    """Else each worker asks for each row of all others in the end."""
+    other = Claims(LocalFiles(tmp_path), "generate", data="d")
+    asked: list[int] = []
+    (tmp_path / other._folder).mkdir(parents=True)
+    for block in range(2500):
+        (tmp_path / other._folder / f"{block:08d}.0.json").touch()
+
+    def left(block: int) -> list[int]:
+        asked.append(block)
+        return [block]
+
+    mine = Claims(LocalFiles(tmp_path), "generate", data="d")
+    found = mine.blocks(
+        range(2500), look=lambda _: None, left=left, again=lambda blocks: blocks & {7, 1900, 9999}
+    )
+    assert sorted(had for had, _ in found) == [1, 1]
+    assert sorted(asked) == [7, 1900]
+
+
+def test_blocks_are_looked_for_where_their_names_begin_alike(tmp_path: Path) -> None:
+    class Noted(LocalFiles):
+        looked: list[str] = []  # noqa: RUF012
+
+        def names(self, folder: str, prefix: str = "") -> list[str]:
+            self.looked.append(prefix)
+            return super().names(folder, prefix)
+
+    mine = Claims(Noted(tmp_path), "generate", data="d")
+    blocks = mine.blocks(range(5000), look=lambda _: None, left=lambda block: [block])
+    taken = [requests[0] for _, requests in (next(blocks) for _ in range(30))]
+    assert len(set(taken)) == 30
+    assert {block // 1000 for block in taken} == {int(prefix) for prefix in Noted.looked}
+    assert len(set(Noted.looked)) == 1

@@ -372,9 +372,9 @@ class SteppedFiles(LocalFiles):
         self._baton.step()
         return super().read(name)
 
-    def names(self, folder):
+    def names(self, folder, prefix=""):
         self._baton.step()
-        return super().names(folder)
+        return super().names(folder, prefix)
 
     def _link(self, temp, final):
         self._baton.step()

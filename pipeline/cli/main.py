@@ -262,7 +262,7 @@ def train(
         _hear_nothing()
         _fail(error, at_once=True)  # a thread may wait in torch for a rank that is gone
     if outcome is not None:
-        _outcome(outcome, as_json)
+        _outcome(outcome)
         for line in _made(outcome):
             print_for_people(line)
         print_json(outcome, as_json)

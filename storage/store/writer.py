@@ -32,18 +32,11 @@ TOKENS_COLUMN = {
     "features": "vectors",
 }
 """What a commit record counts as tokens."""
-COMMIT_SHARE, LONGEST_WAIT = 20, 300.0
-"""One commit comes after the other, so where writers are many they wait for each other. From a commit
-that others delayed to the next shard lie so many times as long as the delay, up to these seconds: a
-twentieth of the time is lost at most, and commits become as few as the store can take."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CommitLimits:
-    """A shard is made when any of these is reached.
-
-    Where writers crowd, rows and seconds wait: see `COMMIT_SHARE`.
-    """
+    """A shard is made when any of these is reached."""
 
     rows: int = 256
     seconds: float = 30.0
@@ -83,7 +76,6 @@ class ShardWriter:
         self._making: _Making | None = None
         self._maker = ThreadPoolExecutor(1, thread_name_prefix=f"shards of {log.table}")
         self._last_commit = time.monotonic()
-        self._not_before = 0.0
         self._failed = False
         self._first: list[ShardWriter] = []
         self.rows = 0
@@ -127,8 +119,7 @@ class ShardWriter:
             self._oldest = time.monotonic()
         self._waiting[key] = checked
         self._waiting_bytes += row_bytes(checked)
-        enough = len(self._waiting) >= self._limits.rows and time.monotonic() >= self._not_before
-        if enough or self._waiting_bytes >= self._limits.bytes:
+        if len(self._waiting) >= self._limits.rows or self._waiting_bytes >= self._limits.bytes:
             self._make()
         self.tick()
         return True
@@ -152,8 +143,7 @@ class ShardWriter:
         """
         if self._making is not None and self._making.shard.done():
             self._commit()
-        due = max(self._oldest + self._limits.seconds, self._not_before)
-        if self._waiting and time.monotonic() >= due:
+        if self._waiting and time.monotonic() - self._oldest >= self._limits.seconds:
             self._make()
 
     def flush(self) -> None:
@@ -190,7 +180,6 @@ class ShardWriter:
         self, rows: list[dict[str, Any]], shard: Future[ShardInfo]
     ) -> list[dict[str, Any]]:
         """Those of the rows that are committed now, by this writer."""
-        delayed_since: float | None = None
         while True:
             made = shard.result()
             left = [row for row in rows if row["key"] not in self._log.keys]
@@ -209,14 +198,10 @@ class ShardWriter:
                 "versions": self._about.get("versions", {}),
             }
             if self._log.append(fields, made, (row["key"] for row in rows)) is not None:
-                if delayed_since is not None:
-                    delay = time.monotonic() - delayed_since
-                    self._not_before = time.monotonic() + min(COMMIT_SHARE * delay, LONGEST_WAIT)
                 self._last_commit = now
                 self.bytes += made.bytes
                 keep_last_segment(self._files, self._log)
                 return rows
-            delayed_since = now if delayed_since is None else delayed_since
 
     def _write(self, rows: list[dict[str, Any]]) -> ShardInfo:
         about = self._about

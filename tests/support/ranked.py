@@ -21,8 +21,8 @@ from stillroom.stages.workers.ranks import Ranks
 
 _OWN = ("progress", "stop", "clock", "ranks", "journal")
 """What of a job is a process's own."""
-STEADY = 1e-3
-"""As in `live.py`: trainings that round otherwise stay together."""
+STEADY = 3e-4
+"""A learning rate at which trainings that round otherwise stay together, as in `live.py`."""
 _STILL = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 """Ranks draw otherwise than one alone."""
 FEATURES: list[dict[str, Any]] = [

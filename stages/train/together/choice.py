@@ -9,6 +9,8 @@ Bytes of a rank, N ranks, P numbers of all weights and T of those that train:
     activations  a position and block: 16 D + 4 F numbers (D width, F width inside of the block), of which
                  gradient checkpointing keeps D in all blocks but one
     logits       those of a pass, or of a chunk of it
+    copies       in bfloat16, 2 P: autocast's copies of the weights, which the backward pass needs; none of
+                 a sharded student with gradient checkpointing
 """
 
 from dataclasses import dataclass
@@ -38,11 +40,12 @@ class Memory:
     """Of a sharded student, what is whole for a time."""
     activations: int
     logits: int
+    copies: int
 
     @property
     def total(self) -> int:
         """All of it, at once."""
-        return self.state + self.whole + self.activations + self.logits
+        return self.state + self.whole + self.activations + self.logits + self.copies
 
 
 def memory(
@@ -76,10 +79,12 @@ def memory(
         whole = sum(p.numel() * (3 * 4 if p.requires_grad else 4) for p in root)
         whole += max(_numbers(block, trained=4 * 4, frozen=2 * 4) for block in each)
     number = positions * (2 if half else 4)
+    copied = half and not (held == "fsdp2" and checkpointing)
     return Memory(
         state=state,
         whole=whole,
         activations=number * _activations(student, checkpointing=checkpointing),
+        copies=_numbers(student, trained=2, frozen=2) if copied else 0,
         logits=min(number * _outputs(student), CHUNK_BYTES if on_cpu else DEVICE_CHUNK_BYTES),
     )
 
@@ -91,8 +96,9 @@ def _numbers(module: nn.Module, *, trained: int, frozen: int) -> int:
 
 def _outputs(student: Any) -> int:
     """V, or of classes how many there are."""
-    layer = student.get_output_embeddings()
-    return 1 if layer is None else int(layer.out_features)
+    layer = getattr(student, "get_output_embeddings", lambda: None)()  # code of the user's has none
+    found: int = getattr(layer, "out_features", 1)
+    return found
 
 
 def _activations(student: Any, *, checkpointing: bool) -> int:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from ....storage.errors import UsageError
 from ...losses.definition import Distilled
@@ -59,17 +59,14 @@ def sharded(
         UsageError: it has not one list of blocks.
     """
     mesh = init_device_mesh(device.type, (ranks.count,))
-    # Autocast makes a copy of each weight in bfloat16, which the backward pass needs: of all blocks
-    # that is the whole model on each rank. A weight that is gathered in bfloat16 needs no copy.
-    policy = MixedPrecisionPolicy(cast_forward_inputs=False)
     if dtype == torch.bfloat16:
-        policy = MixedPrecisionPolicy(
-            param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
-        )
+        # Else it keeps a copy of each weight in bfloat16 to the end of a pass, also of blocks that
+        # are computed again: the whole model on each rank.
+        torch.set_autocast_cache_enabled(False)
     for block in blocks(student):
-        fully_shard(block.to(device), mesh=mesh, mp_policy=policy)
+        fully_shard(block.to(device), mesh=mesh)
     root = Root(student.to(device), keeps=keeps)
-    fully_shard(root, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
+    fully_shard(root, mesh=mesh)
     for module in root.modules():
         if isinstance(module, FSDPModule):
             # Each rank divides by the count of the whole step: gradients are summed, not averaged.

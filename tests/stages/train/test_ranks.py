@@ -3,6 +3,7 @@
 import random
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,12 +13,12 @@ from safetensors.torch import save_file
 from tiny_store import random_texts
 from together import together
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from stillroom.stages.loader.parts import part_of
 from stillroom.stages.loader.samples import Sample
 from stillroom.stages.models.fit.misfits import refuse_shared_norms
-from stillroom.stages.train.together.choice import refuse_norms
+from stillroom.stages.train.together.choice import memory, refuse_norms
 from stillroom.stages.train.together.smaller import OutOfMemory, leave, smaller
 from stillroom.stages.workers.ranks import Ranks
 from stillroom.storage.errors import UsageError
@@ -193,6 +194,29 @@ def test_ranks_share_a_step_by_whole_groups(group: int | None, count: int) -> No
             assert sum({one.number for one in unit} <= set(part) for part in numbers) == 1
         tokens = [sum(map(len, part)) for part in parts]
         assert max(tokens) - min(tokens) <= max(sum(map(len, unit)) for unit in units)
+
+
+def test_memory_is_shared_by_the_ranks_of_a_sharded_student_alone() -> None:
+    student: Any = LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=8,
+            intermediate_size=16,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            vocab_size=20,
+        )
+    )
+    numbers = sum(p.numel() for p in student.parameters())
+    whole = memory(student, "ddp", ranks=4, positions=10)
+    shared = memory(student, "fsdp2", ranks=4, positions=10)
+    assert (whole.state, whole.whole, shared.state) == (16 * numbers, 0, 4 * numbers)
+    assert whole.activations == shared.activations == 4 * 10 * 3 * (16 * 8 + 4 * 16)
+    assert memory(student, "ddp", ranks=4, positions=10, half=True).logits == 2 * 10 * 20
+    student.requires_grad_(requires_grad=False)
+    assert memory(student, "ddp", ranks=4, positions=10).state == 4 * numbers
+    user = nn.Linear(2, 2)
+    user.config = student.config  # type: ignore[assignment]
+    assert memory(user, "ddp", ranks=2, positions=1).state == 16 * 6
 
 
 def test_batch_norms_are_refused_by_name() -> None:

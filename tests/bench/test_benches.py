@@ -86,7 +86,7 @@ def test_a_rank_that_is_killed_loses_no_sample() -> None:
     assert done.returncode == 0, done.stderr
     outcome = json.loads(done.stdout.splitlines()[-1])
     assert (outcome["kills"], outcome["samples_missing"], outcome["samples_twice"]) == (1, 0, 0)
-    assert outcome["largest_relative_loss_difference"] < 1e-5
+    assert outcome["largest_relative_loss_difference"] < 1e-4
 
 
 def test_thirty_kills_lose_nothing(tmp_path: Path) -> None:

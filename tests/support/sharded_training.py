@@ -114,7 +114,12 @@ def write_earlier(ranks: Ranks, folder: Path) -> dict[str, Any]:
     groups = {"weights": trainer.weights(), "averages": trainer.averages()}
     tensors = groups | {"optimizer": trainer.optimizer.state_dict()}
     name = "checkpoints/step-00000002"
-    content = files.put_content(name, lambda path: torch.save(tensors, path), suffix=".pt")
+
+    def to(path: Path) -> None:
+        with path.open("wb") as file:
+            torch.save(tensors, file)
+
+    content = files.put_content(name, to, suffix=".pt")
     record = {"tensors": content.name, "sha256": content.sha256, "state": {}}
     files.put_if_absent(f"{name}/state.json", json.dumps(record).encode())
     return whole(trainer.state())

@@ -24,6 +24,15 @@ _SERVER.set_forkserver_preload(
         "stillroom.stages.train.checkpoints",
         "stillroom.stages.evaluate.stage",
         "stillroom.stages.evaluate.metrics",
+        "stillroom.stages.evaluate.causal_lm",
+        "stillroom.stages.models.students.saving",
+        "stillroom.stages.train.together.student",
+        "stillroom.stages.audit.before_training",
+        "stillroom.stages.loader.passes",
+        "torch.utils.tensorboard",
+        "pyarrow.parquet",
+        "duckdb",
+        "pandas",
     ]
 )
 

@@ -4,7 +4,7 @@
 
 Two local nodes of Ray (`ray.cluster_utils.Cluster`), one with two actors and one with one, write the
 same completions with the same tiny teacher, greedily, in batches of 32. When two fifths of the rows
-are made (of Stillroom's, some by each actor), all processes of the node with two actors die by SIGKILL,
+are made, and some of them by each actor, all processes of the node with two actors die by SIGKILL,
 its workers too, and nothing comes in its place.
 
 The recipe has no student, so that nothing is trained. `data` is Ray Data: `map_batches` with three
@@ -106,8 +106,8 @@ def ray_data(folder: Path, address: str) -> None:
         checkpoint_path=str(folder / "checkpoint"),
         delete_checkpoint_on_success=False,
     )
-    # It reads so little as one block, and one actor has all the work, whatever is said here.
-    rows = ray.data.read_parquet(str(folder / "prompts"), override_num_blocks=BLOCKS)
+    # It reads so little as one block, whatever `override_num_blocks` says, and one actor has all the work.
+    rows = ray.data.read_parquet(str(folder / "prompts")).repartition(BLOCKS)
     written = rows.map_batches(
         Writing,
         fn_constructor_args=(str(folder / "teacher"), str(folder / "made")),
@@ -239,8 +239,7 @@ def one(way: str, folder: Path, rows: int) -> dict[str, Any]:
         until(made.exists, driver, folder)
         found["seconds_to_first_row"] = round(time.monotonic() - began, 1)
         until(lambda: noted(made).total() >= 2 * rows // 5, driver, folder)
-        if way == "stillroom":  # Ray Data may give all to one
-            until(lambda: len(noted(made, 1)) == 3, driver, folder)
+        until(lambda: len(noted(made, 1)) == 3, driver, folder)
         found["made_before"] = noted(made).total()
         kill_node(nodes, two)
         code = driver.wait()

@@ -106,8 +106,8 @@ def ray_data(folder: Path, address: str) -> None:
         checkpoint_path=str(folder / "checkpoint"),
         delete_checkpoint_on_success=False,
     )
-    # Else it reads so little as one block, and one actor has all the work.
-    rows = ray.data.read_parquet(str(folder / "prompts"), override_num_blocks=BLOCKS)
+    # It reads so little as one block, whatever `override_num_blocks` says, and one actor has all the work.
+    rows = ray.data.read_parquet(str(folder / "prompts")).repartition(BLOCKS)
     written = rows.map_batches(
         Writing,
         fn_constructor_args=(str(folder / "teacher"), str(folder / "made")),
@@ -239,7 +239,8 @@ def one(way: str, folder: Path, rows: int) -> dict[str, Any]:
         until(made.exists, driver, folder)
         found["seconds_to_first_row"] = round(time.monotonic() - began, 1)
         until(lambda: noted(made).total() >= 2 * rows // 5, driver, folder)
-        until(lambda: len(noted(made, 1)) == 3, driver, folder)
+        if rows >= 1000:  # of fewer, some actors make all before the last one is there
+            until(lambda: len(noted(made, 1)) == 3, driver, folder)
         found["made_before"] = noted(made).total()
         kill_node(nodes, two)
         code = driver.wait()

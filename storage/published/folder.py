@@ -2,11 +2,9 @@
 
 Its rows stand where they stood in the store that they come from.
 
-`export` writes the chosen rows of a snapshot into few large files and keeps the snapshot's record
-beside them. Here each shard of that record is a shard again, which holds the rows that were
-published. So the same recipe chooses the same snapshot, with the same id and the same order of
-samples, and trains the same student. Rows that were cut on their way out have no such record: there
-each file is a shard.
+`export` writes the chosen rows of a snapshot into few large files, and keeps the snapshot's record.
+Here each shard of that record is a shard again. So the same recipe chooses the same snapshot and
+trains the same student. Of rows that were cut on their way out each file is a shard.
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -99,3 +99,19 @@ def test_the_front_page_has_a_recipe_and_its_limits_early() -> None:
     lines = FRONT.read_text("utf-8").splitlines()
     assert lines.index("```yaml") < 60
     assert lines.index("## Limits") < len(lines) / 2
+
+
+def test_commands_of_the_front_page_are_there() -> None:
+    import typer
+
+    from stillroom.pipeline.cli.main import app
+
+    known = typer.main.get_command(app).commands
+    lines = re.findall(r"^ {4}((?:stillroom|make) [^#\n]+)", FRONT.read_text("utf-8"), re.MULTILINE)
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE)
+    for line in lines:
+        program, command, *words = line.split()
+        assert command in (known if program == "stillroom" else targets), line
+        if program == "stillroom":
+            options = {name for option in known[command].params for name in option.opts}
+            assert {word for word in words if word.startswith("--")} <= options, line

@@ -1,4 +1,7 @@
-"""The house rules that imports can show: floors, rooms, sizes; heavy libraries in few files, inside functions."""
+"""The house rules that imports can show: floors, rooms, sizes.
+
+Heavy libraries in few files, inside functions.
+"""
 
 import ast
 import re
@@ -90,7 +93,10 @@ def _imports(path: Path, at_import_time: bool) -> Iterator[str]:
 
 
 def statements(node: ast.AST, *, functions: bool) -> Iterator[ast.AST]:
-    """Every statement below a node; without `functions`, only what runs when the module is imported."""
+    """Every statement below a node.
+
+    Without `functions`, only what runs when the module is imported.
+    """
     for child in ast.iter_child_nodes(node):
         if not functions:
             if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
@@ -121,7 +127,10 @@ def ours(path: Path, *, at_import_time: bool = False) -> frozenset[Path]:
 
 
 def room(path: Path) -> str:
-    """`stages/losses` of a file in a room of a floor; files that lie on the floor itself are rooms of their own."""
+    """`stages/losses` of a file in a room of a floor.
+
+    Files that lie on the floor itself are rooms of their own.
+    """
     return "/".join(path.relative_to(ROOT).with_suffix("").parts[:2])
 
 
@@ -333,7 +342,10 @@ _DATA_ALONE = ("PeftModel", "GenerationConfig")
 
 
 def test_who_loads_a_model_says_whether_its_code_may_run() -> None:
-    """Explicitly, in every call; `LLM` takes it among the arguments that were gathered before it."""
+    """Explicitly, in every call.
+
+    `LLM` takes it among the arguments that were gathered before it.
+    """
     silent = []
     for module in MODULES:
         text = module.read_text()

@@ -34,14 +34,17 @@ class DeepRequest:
     """None: as the checkpoint is stored, or as a teacher of the store had it."""
     adapter: str | None = None
     quantize: str | None = None
-    """How its float weights are quantised while they are loaded; None: as a teacher of the store had it."""
+    """How its float weights are quantised while they are loaded; None: as a teacher of the store
+    had it."""
     device_map: str | None = None
     rows: int = 32
     seed: int = 0
 
 
 def deeply(teacher: str | None, **how: Any) -> DeepRequest:
-    """The options of a command line; `teacher` is None where `--deep` and `--teacher` do not come together.
+    """The options of a command line.
+
+    `teacher` is None where `--deep` and `--teacher` do not come together.
 
     Raises:
         UsageError: they do not, or there is no such dtype or quantisation.
@@ -58,7 +61,8 @@ def deeply(teacher: str | None, **how: Any) -> DeepRequest:
         )
     if how.get("quantize") not in (None, *WHILE_LOADING):
         raise UsageError(
-            f"--quantize: {how['quantize']} is none. Use {', '.join(WHILE_LOADING)}, or leave it out."
+            f"--quantize: {how['quantize']} is none. Use {', '.join(WHILE_LOADING)}, or leave it "
+            "out."
         )
     return DeepRequest(teacher=teacher, **how)
 

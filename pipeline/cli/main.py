@@ -54,7 +54,10 @@ def main() -> None:
 
 
 class _SignalCame(BaseException):
-    """Like KeyboardInterrupt no `Exception`, so no handler on the way takes it for a failure; Typer hides that one."""
+    """Like KeyboardInterrupt no `Exception`, so no handler on the way takes it for a failure.
+
+    Typer hides that one.
+    """
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -97,7 +100,10 @@ def _fail(error: StillroomError, *, at_once: bool = False) -> NoReturn:
 
 
 def _error_text(error: StillroomError) -> str:
-    """The message; all lines but the first are indented, so that no name in it begins a line of its own."""
+    """The message.
+
+    All lines but the first are indented, so that no name in it begins a line of its own.
+    """
     lines = f"error: {error}".replace("\n", "\n  ").split("\n")
     if sys.stderr.isatty():  # which would break the lines inside words
         width = 80

@@ -19,7 +19,8 @@ from ...stages.workers.devices import VISIBLE
 from .finding import Finding, fault, ok, warning
 
 DEADLINE_SECONDS = 12.0
-"""From the start: vLLM takes 9 seconds on two cores, and a doctor who is waited for is asked no more."""
+"""From the start: vLLM takes 9 seconds on two cores, and a doctor who is waited for is asked no
+more."""
 _MARK = "doctor:"
 _SCRIPT = f"""
 import importlib, json, sys
@@ -160,6 +161,7 @@ def _engine(name: str, install: str, found: dict[str, Any] | None, installed: bo
             what,
             f"is installed and does not load: {found['error']}",
             "A recipe that leaves the engine open takes it where it is installed, and fails",
-            "Mend it (vLLM on CPUs needs libnuma1 and the CPU build of torch), or set generate.engine: hf",
+            "Mend it (vLLM on CPUs needs libnuma1 and the CPU build of torch), or set "
+            "generate.engine: hf",
         )
     return ok(what, f"loads, {found['version']}".rstrip(", "))

@@ -1,4 +1,7 @@
-"""Ray: a run's jobs as actors of a cluster, one after the other; those that are lost are started again."""
+"""Ray: a run's jobs as actors of a cluster, one after the other.
+
+Those that are lost are started again.
+"""
 
 import os
 import signal

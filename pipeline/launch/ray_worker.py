@@ -21,7 +21,10 @@ SAID = 4000
 
 
 class RayWorker:
-    """An actor: it holds a slot of the cluster while its command runs. `stop` is called meanwhile."""
+    """An actor: it holds a slot of the cluster while its command runs.
+
+    `stop` is called meanwhile.
+    """
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[str] | None = None

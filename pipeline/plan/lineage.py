@@ -37,7 +37,10 @@ class Generation(TypedDict):
 
 
 def lineage(folder: Path) -> list[Generation]:
-    """The generations behind a model's folder, the latest first; none where no run of Stillroom trained it."""
+    """The generations behind a model's folder, the latest first.
+
+    None where no run of Stillroom trained it.
+    """
     training = folder.parent
     if folder.name != STUDENT or not (training / SETTINGS).is_file():
         return []
@@ -101,9 +104,13 @@ def kept_lineage(folder: Path) -> list[Generation]:
 
 
 def came_from(found: Sequence[Generation]) -> str:
-    """A lineage in words, as Markdown, the end of a sentence; the licences of the models of others go along."""
+    """A lineage in words, as Markdown, the end of a sentence.
+
+    The licences of the models of others go along.
+    """
     made = ", and before it ".join(
-        f"{inline(one['run'])} ({_began(one)}, taught by {' and '.join(map(inline, _taught_by(one)))})"
+        f"{inline(one['run'])} ({_began(one)}, taught by "
+        f"{' and '.join(map(inline, _taught_by(one)))})"
         for one in found
     )
     named = [name for one in found for name in (*_taught_by(one), one["start"]) if name is not None]
@@ -115,7 +122,10 @@ def came_from(found: Sequence[Generation]) -> str:
 
 
 def endpoint_teacher(recipe: Mapping[str, Any]) -> str | None:
-    """The model behind an endpoint whose log-probabilities are the soft targets; None: they are not."""
+    """The model behind an endpoint whose log-probabilities are the soft targets.
+
+    None: they are not.
+    """
     generate = recipe.get("generate") or {}
     teaches = generate.get("base_url") and generate.get("keep") and recipe.get("score")
     return str(generate["model"]) if teaches else None

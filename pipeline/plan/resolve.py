@@ -57,7 +57,9 @@ class Bound:
 
 
 def bind(recipe: Recipe, store: Store | None = None, *, write: bool) -> Bound:
-    """Find and hash teacher, author and source; where they are gone, take what the store or a source wrote down.
+    """Find and hash teacher, author and source.
+
+    Where they are gone, take what the store or a source wrote down.
 
     Where `data.source` names the store or one of its sources, what is written there is all there
     is.
@@ -211,7 +213,10 @@ def _endpoint(address: str, model: str, *, reads: Identity) -> Identity:
 
 
 def student_id(recipe: Recipe, *, write: bool) -> str | None:
-    """Identity of an existing student, hash of the code that makes one; None for other fresh weights."""
+    """Identity of an existing student, hash of the code that makes one.
+
+    None for other fresh weights.
+    """
     section = recipe.student
     if section is not None and section.factory is not None:
         return factory_id(factory_files(section))
@@ -358,7 +363,10 @@ def _folder(recipe: Recipe) -> str:
 
 
 def written_binding(recipe: Recipe, store: Store | None) -> Binding | None:
-    """What the recipe's names stood for last, as the store or one of its sources has it; None: nobody knows."""
+    """What the recipe's names stood for last, as the store or one of its sources has it.
+
+    None: nobody knows.
+    """
     found = (_written(part.files, recipe) for part, _ in (store.parts if store else ()))
     return next(filter(None, found), None)
 

@@ -63,7 +63,10 @@ class StageProcess:
             self.ended = True
 
     def listen(self, seconds: float) -> list[dict[str, Any]]:
-        """The events that it tells now; waits so long for one. Its answer and its death are noted."""
+        """The events that it tells now; waits so long for one.
+
+        Its answer and its death are noted.
+        """
         self._line.settimeout(seconds)
         try:
             chunk = self._line.recv(1 << 20)

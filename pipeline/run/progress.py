@@ -81,7 +81,10 @@ class Meter:
 
 
 def together(meters: Sequence[Meter]) -> Meter:
-    """What the workers of one stage have done, as if one had; the first of them began to count first."""
+    """What the workers of one stage have done, as if one had.
+
+    The first of them began to count first.
+    """
     counting = [meter for meter in meters if meter.counts]
     if len(meters) == 1 or not counting:
         return replace(meters[0], workers=len(meters))

@@ -101,7 +101,10 @@ class RankedCrew(Crew):
         return found
 
     def _after(self, ended: Sequence[Ended]) -> None:
-        """End those that are left; all start again, unless one has failed by an error of its own, or nothing helps."""
+        """End those that are left.
+
+        All start again, unless one has failed by an error of its own, or nothing helps.
+        """
         worker, cause = min(ended, key=lambda one: _weight(one[1]))
         if self._suspected and isinstance(cause, StageDied):
             left = {_rank(worker) for worker in self._living}

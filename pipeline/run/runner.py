@@ -75,11 +75,14 @@ def run(
         only: The one stage to run.
         quiet: Print no progress.
         allow_code: Whether `student.factory` may run.
-        worker: Be one worker of many, with the devices that are visible: others are started elsewhere.
+        worker: Be one worker of many, with the devices that are visible: others are started
+            elsewhere.
 
     Returns:
-        `{"run_dir", "stages": {name: {"rows", "tokens", "seconds", "state", "clock"}}, "results": {arm: {...}},
-        "advice": [{...}], "clock": {...}}`; a stage's clock (`stages/workers/clock.py`) splits the seconds of its
+        `{"run_dir", "stages": {name: {"rows", "tokens", "seconds", "state", "clock"}}, "results":
+        {arm: {...}},
+        "advice": [{...}], "clock": {...}}`; a stage's clock (`stages/workers/clock.py`) splits the
+        seconds of its
         process, the last one is that of this process without them.
 
     Raises:
@@ -222,7 +225,10 @@ def _workers(recipe: Recipe, plan: Plan, *, alone: bool) -> Iterable[str]:
 def _started(
     recipe: Recipe, plan: Plan, name: str, *, screen: Screen, number: int, alone: bool
 ) -> dict[str, Any]:
-    """The answer of a stage's processes; `number` is the runner's, `alone` lets it start one, whatever is here."""
+    """The answer of a stage's processes.
+
+    `number` is the runner's, `alone` lets it start one, whatever is here.
+    """
     message, asked = stage_message(recipe, plan, name), asked_recipe(recipe, plan, name)
     first, *more = [{}] if alone else environments(asked, plan.line(name))
     with ExitStack() as numbers:

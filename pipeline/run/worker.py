@@ -127,7 +127,11 @@ class Line:
         return self._line.makefile("r").readline()
 
     def tell(self, event: dict[str, Any]) -> None:
-        """An event. The stage never waits for a runner that does not read (somebody suspended it): then it is lost."""
+        """An event.
+
+        The stage never waits for a runner that does not read (somebody suspended it): then it is
+        lost.
+        """
         with self._lock:
             if len(self._unsent) < UNSENT_BYTES:
                 self._unsent += json.dumps(event).encode() + b"\n"
@@ -162,7 +166,10 @@ class _Log(io.FileIO):
 
 
 class _LogText(io.TextIOWrapper):
-    """A log is read in a terminal: nothing in it steers one. What a bar draws over itself stands in lines."""
+    """A log is read in a terminal: nothing in it steers one.
+
+    What a bar draws over itself stands in lines.
+    """
 
     @override
     def write(self, text: str, /) -> int:

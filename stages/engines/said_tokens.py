@@ -7,8 +7,9 @@
                     token that is there, then the likely ones at this place
     fault           in place of tokens: why there are none
 
-A name is an id where the server gives one (vLLM's `token_id:286`), else a string; a list of bytes where
-the server gives some that are not the string's own. Numbers are as they came: null, NaN, whatever.
+A name is an id where the server gives one (vLLM's `token_id:286`), else a string; a list of bytes
+where the server gives some that are not the string's own. Numbers are as they came: null, NaN,
+whatever.
 """
 
 import re

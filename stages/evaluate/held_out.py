@@ -66,7 +66,10 @@ class HeldOut:
         return map(_with_span, self._read(*columns, ranks=ranks))
 
     def said(self, row: dict[str, Any], own: SoftTargets | None) -> "Said | None":
-        """What several teachers say of a row with its own targets; None: it has one teacher, or none."""
+        """What several teachers say of a row with its own targets.
+
+        None: it has one teacher, or none.
+        """
         return None if self.teachers is None or own is None else self.teachers.said(row, own)
 
     def references(self) -> set[tuple[str, int]]:
@@ -76,7 +79,10 @@ class HeldOut:
         )
 
     def _read(self, *columns: str, ranks: Ranks | None = None) -> Iterator[dict[str, Any]]:
-        """Each with its number in the snapshot; those of one of several ranks alone where it is asked for."""
+        """Each with its number in the snapshot.
+
+        Those of one of several ranks alone where it is asked for.
+        """
         rank, count, first = (ranks.rank, ranks.count, 0) if ranks else (0, 1, 0)
         for shard in self.snapshot.shards:
             numbers = range(first, first + len(shard.rows))

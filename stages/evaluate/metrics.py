@@ -204,13 +204,14 @@ class Tally:
 
         Args:
             classes: The tokens are classes, whose confusion is counted too.
-            entities: Where the entities that these classes mark are counted, of texts that are added
-                whole; None: they mark none.
+            entities: Where the entities that these classes mark are counted, of texts that are
+                added whole; None: they mark none.
         """
         self.confusion = Confusion() if classes else None
         self.entities = entities
         self.teachers: dict[str, Tally] = {}
-        """Of several teachers, by name: against each of them, on the texts that it was asked for."""
+        """Of several teachers, by name: against each of them, on the texts that it was asked
+        for."""
         self._units: dict[bytes, dict[str, float]] = defaultdict(lambda: defaultdict(float))
         self._counts: dict[bytes, dict[str, int]] = defaultdict(lambda: defaultdict(int))
         self._bins: dict[bytes, np.ndarray] = defaultdict(lambda: np.zeros((BINS, 3)))
@@ -223,7 +224,10 @@ class Tally:
         return self.teachers[name]
 
     def add(self, unit: bytes, measures: dict[str, Tensor]) -> None:
-        """Count the measures of N tokens; those without what is there have none of what needs it."""
+        """Count the measures of N tokens.
+
+        Those without what is there have none of what needs it.
+        """
         sums, counts = self._units[unit], self._counts[unit]
         counts["tokens"] += max(map(len, measures.values()))
         for name, values in measures.items():

@@ -56,7 +56,9 @@ CLASS_NUMBERS = (
 
 
 def run(job: Job) -> StageResult:
-    """Measure every arm on the held-out rows; write `evaluation.json` into the student's training run.
+    """Measure every arm on the held-out rows.
+
+    Write `evaluation.json` into the student's training run.
 
     Raises:
         UsageError: nothing is held out, or a student cannot read the held-out rows.
@@ -80,7 +82,8 @@ def run(job: Job) -> StageResult:
     if not held_out.rows:
         named = job.recipe.evaluate.names_rows
         raise UsageError(
-            f"{'evaluate' if named else 'data.holdout'}: no held-out rows, so nothing to evaluate on. "
+            f"{'evaluate' if named else 'data.holdout'}: no held-out rows, so nothing to evaluate "
+            "on. "
             f"{'Name other rows' if named else 'Set data.holdout higher, or to 0: no evaluation'}."
         )
     # As the training was: it is paid for, and was said to go on.

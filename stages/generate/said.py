@@ -86,8 +86,8 @@ class Alignment:
         if not self._nameless:
             return []
         return [
-            f"{self._nameless} of {self._nameless + self._named} entries that the endpoint gave are in the "
-            "tail: their names are not those of one id alone"
+            f"{self._nameless} of {self._nameless + self._named} entries that the endpoint gave "
+            "are in the tail: their names are not those of one id alone"
         ]
 
     def _ids(self, said: Mapping[str, Any], prompt: Text, completion: Completion) -> list[int]:
@@ -104,8 +104,8 @@ class Alignment:
         if start != len(prompt.token_ids) or text.token_ids[:start] != prompt.token_ids:
             shared = _same(prompt.token_ids, text.token_ids[:start])
             raise _fault(
-                f"the answer's text and its prompt, as one, have other tokens from index {shared} on than "
-                "the prompt that the endpoint was given"
+                f"the answer's text and its prompt, as one, have other tokens from index {shared} "
+                "on than the prompt that the endpoint was given"
             )
         end = start + int(text.spans[0, 1]) if len(text.spans) else len(text.token_ids)
         return text.token_ids[start:end]
@@ -122,7 +122,8 @@ class Alignment:
         if theirs is not None and theirs != ours:
             at = _same(ours, theirs)
             raise _fault(
-                f"the endpoint read another prompt: index {at} is id {theirs[at]}, expected {ours[at]}"
+                f"the endpoint read another prompt: index {at} is id {theirs[at]}, expected "
+                f"{ours[at]}"
             )
 
     def _given(self, ids: list[int], completion: Completion) -> list[int]:
@@ -130,7 +131,8 @@ class Alignment:
         for n, one in enumerate(ids):
             if not (isinstance(one, int) and 0 <= one < self._vocab_size):
                 raise _fault(
-                    f"position {n}: id {one!r}, expected one of the vocabulary of {self._vocab_size}"
+                    f"position {n}: id {one!r}, expected one of the vocabulary of "
+                    f"{self._vocab_size}"
                 )
         text, said = str(tokenizer.decode(ids, skip_special_tokens=True)), completion.text
         # A character that was cut in two is U+FFFD to some.
@@ -141,8 +143,8 @@ class Alignment:
         if completion.finish_reason == "stop" and (not ids or ids[-1] not in self._ends):
             last = ids[-1] if ids else None
             raise _fault(
-                f"the answer came to its end, and its last id is {last}, expected a token that ends one "
-                f"({sorted(self._ends)}): a student would not learn to stop"
+                f"the answer came to its end, and its last id is {last}, expected a token that "
+                f"ends one ({sorted(self._ends)}): a student would not learn to stop"
             )
         return ids
 
@@ -202,7 +204,8 @@ class Alignment:
                 nameless += 1
             elif abs(value - entries.setdefault(found, value)) > MOST_OVER:
                 raise _fault(
-                    f"position {n}: {self._id(found)} has {entries[found]:.6g}, and {value:.6g} beside it"
+                    f"position {n}: {self._id(found)} has {entries[found]:.6g}, and {value:.6g} "
+                    "beside it"
                 )
         if not nameless and len(listed) < self._kept.k:
             raise _fault(
@@ -215,8 +218,8 @@ class Alignment:
         least = min(others, default=0.0)
         if not nameless and len(others) == len(listed) and own > least + MOST_OVER:
             raise _fault(
-                f"position {n}: {self._id(token)} is there with {own:.6g} and is no entry, and an entry has "
-                f"{least:.6g}"
+                f"position {n}: {self._id(token)} is there with {own:.6g} and is no entry, and an "
+                f"entry has {least:.6g}"
             )
         outside = 0.0 if nameless else least
         return _Position(entries, own, outside, nameless)
@@ -259,7 +262,10 @@ class Alignment:
 
 
 def _rounding(tokens: Sequence[Any]) -> float:
-    """Nats that the numbers were rounded by, where all have few decimals; 0: they have as many as float32."""
+    """Nats that the numbers were rounded by, where all have few decimals.
+
+    0: they have as many as float32.
+    """
     numbers = np.array([value for one in tokens for value in (one[1], *one[2][1::2])], np.float64)
     for decimals in range(1, 8):
         if np.allclose(np.round(numbers, decimals), numbers, rtol=0, atol=1e-12):
@@ -272,7 +278,8 @@ def _number(n: int, value: Any, what: str) -> float:
     real = isinstance(value, int | float) and not isinstance(value, bool)
     if not real or not _NONE < value <= MOST_OVER:  # NaN is neither
         raise _fault(
-            f"position {n}: {what} has the log-probability {value}, expected one of the whole vocabulary"
+            f"position {n}: {what} has the log-probability {value}, expected one of the whole "
+            "vocabulary"
         )
     return min(float(value), 0.0)
 

@@ -1,4 +1,7 @@
-"""Stage `generate`: the author (usually the teacher) writes completions; rows are committed as they finish."""
+"""Stage `generate`: the author (usually the teacher) writes completions.
+
+Rows are committed as they finish.
+"""
 
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -197,8 +200,8 @@ class _Writing:
         if not self._unanswered:
             return []
         return [
-            f"calls that came to nothing count in the budget in full, and it had no more for another "
-            f"try of {len(self._unanswered)} of them (the last: {self._unanswered[-1]})"
+            "calls that came to nothing count in the budget in full, and it had no more for "
+            f"another try of {len(self._unanswered)} of them (the last: {self._unanswered[-1]})"
         ]
 
     def _keep(self, completion: Completion) -> None:
@@ -239,7 +242,9 @@ class _Writing:
         return completion, written(prompt, completion)
 
     def _refuse(self, request: GenerationRequest, error: RowError) -> None:
-        """An answer that makes no row; where none has log-probabilities of use, the endpoint is to blame.
+        """An answer that makes no row.
+
+        Where none has log-probabilities of use, the endpoint is to blame.
 
         Raises:
             UsageError: so many have none that it does not pay to ask for more.
@@ -252,8 +257,9 @@ class _Writing:
         if self._misaligned == MOST_MISALIGNED:
             raise UsageError(
                 f"generate.keep: none of the first {MOST_MISALIGNED} answers can be kept with its "
-                f"log-probabilities (the last: {error}). Name as teacher.model the folder whose tokenizer and "
-                "template the endpoint's model has, or remove generate.keep. The answers are kept on disk."
+                f"log-probabilities (the last: {error}). Name as teacher.model the folder whose "
+                "tokenizer and template the endpoint's model has, or remove generate.keep. The "
+                "answers are kept on disk."
             )
 
     def _kept_of(
@@ -272,7 +278,10 @@ class _Writing:
             yield from self.rendered(block, claims=claims)
 
     def rendered(self, block: list[GenerationRequest], *, claims: int = 0) -> Iterator[Request]:
-        """What can be rendered of some requests, each taken when it is asked for; the others are rejected."""
+        """What can be rendered of some requests, each taken when it is asked for.
+
+        The others are rejected.
+        """
         ready = []
         for request, row in zip(block, self._prompts(block), strict=True):
             try:

@@ -218,7 +218,10 @@ class Books:
         return f"({of} OR g.author_id = '{earlier}' AND g.source_key NOT IN ({here}))"
 
     def labels(self) -> int:
-        """How many of the rows to train on have a gold label; the inputs are recorded, or published."""
+        """How many of the rows to train on have a gold label.
+
+        The inputs are recorded, or published.
+        """
         if self.published is not None:
             return self.published.labels()
         ((labels,),) = self.index.rows(

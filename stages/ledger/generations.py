@@ -22,13 +22,16 @@ SERVES = """
 ANSWERS_SERVE = """
     prompt_tokens + completion_tokens <= {context}
         AND (finish_reason <> 'length' OR place IN (SELECT place FROM cut_alike))"""
-"""The same of an endpoint, which counts other tokens than those of the row: an answer that ended is whole."""
+"""The same of an endpoint, which counts other tokens than those of the row: an answer that ended is
+whole."""
 
 
 def generation_ledger(
     books: Books, *, author_id: str, context_tokens: int, author_parts: dict[str, Any] | None = None
 ) -> Ledger:
-    """The books of `generate`; leaves the table `asked` (number, held_out, place, stored, tokens, reason) behind.
+    """The books of `generate`.
+
+    Leaves the table `asked` (number, held_out, place, stored, tokens, reason) behind.
 
     Args:
         books: The recipe's prompts and the store's rows.

@@ -153,8 +153,8 @@ def read_of(
         != row["tokens_key"]
     ):
         raise IntegrityError(
-            f"generations {row['key'].hex()}: its tokens are hidden otherwise than when it was written. "
-            "Name another storage.dir: the texts are then read again."
+            f"generations {row['key'].hex()}: its tokens are hidden otherwise than when it was "
+            "written. Name another storage.dir: the texts are then read again."
         )
     return {"token_ids": found.token_ids, "spans": found.spans, "labels": found.labels}
 

@@ -21,15 +21,17 @@ from .routes import EVERYTHING, keys_where, take_route
 TOKEN_BYTES = 4
 AS_ASKED = f"""row_number() OVER (ORDER BY s.tokens, s.tokens_key) AS number,
             s.tokens * {TOKEN_BYTES} + s.scored::BIGINT * s.entries * 8 AS bytes"""
-"""SQL: where a row of `scored` is among those that were asked for, and about what its targets take."""
+"""SQL: where a row of `scored` is among those that were asked for, and about what its targets
+take."""
 PART_ROWS = 2_000_000  # rows whose equal tokens are looked for at once
 
 
 def choose_generations(books: Books, *, author_id: str) -> None:
     """Make the views `chosen` and `judged`: what a recipe goes on with, and its held-out part.
 
-    `chosen`: the best row of each request, after `select.where`; comes after `generation_ledger` where text is made.
-    `judged`: held-out rows in the order of their hashes, up to `evaluate.tokens` scored tokens, one at least.
+    `chosen`: the best row of each request, after `select.where`; comes after `generation_ledger`
+    where text is made. `judged`: held-out rows in the order of their hashes, up to
+    `evaluate.tokens` scored tokens, one at least.
     """
     if books.published is not None:
         books.index.execute(f"CREATE OR REPLACE VIEW chosen AS {_published(books)}")
@@ -93,8 +95,8 @@ def _judge(books: Books) -> None:
 def text_rows(books: Books) -> pa.Table:
     """Black-box: rows to train and be judged on; text that is judged on is not trained on.
 
-    Returns held_out, prompt_key, place (of generations), tokens, scored, and as all that a snapshot is
-    made of: number (in the order in which they were asked for), bytes (about, when decoded).
+    Returns held_out, prompt_key, place (of generations), tokens, scored, and as all that a snapshot
+    is made of: number (in the order in which they were asked for), bytes (about, when decoded).
     """
     books.index.use_all_memory()
     return books.index.table(f"""
@@ -248,7 +250,10 @@ class _Count(NamedTuple):
 
 
 def _counts(books: Books, feature_bytes: str) -> Iterator[_Count]:
-    """What `scored` holds; `feature_bytes`: SQL of what a row lacks. A part at a time, to bound the memory."""
+    """What `scored` holds; `feature_bytes`: SQL of what a row lacks.
+
+    A part at a time, to bound the memory.
+    """
     ((stored,),) = books.index.rows("SELECT count(*) FROM generations")
     parts = 1 + stored // PART_ROWS
     for part in range(parts):
@@ -272,7 +277,8 @@ def target_rows(books: Books) -> pa.Table:
 
     A row whose features the loss needs and nobody could make is not trained on.
 
-    Returns held_out, prompt_key, place (of soft_targets), tokens, scored, number, bytes (`text_rows`).
+    Returns held_out, prompt_key, place (of soft_targets), tokens, scored, number, bytes
+    (`text_rows`).
     """
     books.index.use_all_memory()
     needed = "AND s.complete" if books.recipe.loss.features else ""
@@ -364,7 +370,10 @@ def _missing(row: Mapping[str, Any], asked: Sequence[Feature]) -> tuple[Feature,
 
 
 def _request_key(teacher_id: str, row: Mapping[str, Any], asked: Sequence[Feature]) -> bytes:
-    """Of the targets; another with features, for a request that fails with them may be done without."""
+    """Of the targets.
+
+    Another with features, for a request that fails with them may be done without.
+    """
     target = target_key(teacher_id, row["tokens_key"])
     return captured_key(target, capture_id(teacher_id, asked)) if _missing(row, asked) else target
 

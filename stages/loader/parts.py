@@ -15,8 +15,8 @@ def part_of(samples: Sequence[Sample], ranks: Ranks, *, group: int | None = None
     Args:
         samples: The step's.
         ranks: Who shares them.
-        group: Samples of a group, of losses between samples: as `whole_groups` counts them, and never
-            split.
+        group: Samples of a group, of losses between samples: as `whole_groups` counts them, and
+            never split.
     """
     if ranks.count == 1:
         return list(samples)

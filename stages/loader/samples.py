@@ -52,7 +52,8 @@ class Sample:
     spans: np.ndarray
     """[S, 2] start and tokens of each scored span."""
     targets: SoftTargets | None
-    """[N] at the positions that predict the spans' tokens, summing to 1; None: cross-entropy only."""
+    """[N] at the positions that predict the spans' tokens, summing to 1; None: cross-entropy
+    only."""
     label: int | None = None
     """Gold class of a labelled text; None: it has none."""
     labels: np.ndarray | None = None
@@ -67,7 +68,10 @@ class Sample:
     """Where the targets of several teachers are; None: it has one teacher, or none."""
 
     def of_teachers(self) -> list[tuple[int, SoftTargets]]:
-        """Number of each of several teachers that has scored it, and the targets; without several, of the first."""
+        """Number of each of several teachers that has scored it, and the targets.
+
+        Without several, of the first.
+        """
         if self.targets is None:
             return []
         if self.teachers is None:
@@ -123,7 +127,10 @@ class Lengths:
 
 
 class Samples:
-    """The samples of a snapshot, in training order; numbered through all epochs, which follow one another."""
+    """The samples of a snapshot, in training order.
+
+    Numbered through all epochs, which follow one another.
+    """
 
     def __init__(
         self,
@@ -291,8 +298,8 @@ def in_company(steps: Generator[Step, None, None]) -> Generator[Step, None, None
             held = Step(samples=[*held.samples, *step.samples], after=after)
         if held is not None and len(held.samples) == 1:
             raise UsageError(
-                "train.epochs: this training is of one sample in all, and the student's batch norms "
-                "cannot be had of one. Add data."
+                "train.epochs: this training is of one sample in all, and the student's batch "
+                "norms cannot be had of one. Add data."
             )
         if held is not None:
             yield held

@@ -22,13 +22,16 @@ class EngineKind:
     install: str = ""
     """What brings that package."""
     bitsandbytes: bool = False
-    """Whether it runs a model that bitsandbytes quantises while it is loaded, or has quantised before."""
+    """Whether it runs a model that bitsandbytes quantises while it is loaded, or has quantised
+    before."""
     keeps: bool = False
-    """Whether it can say, of each token that it draws, the distribution at temperature 1 that it was drawn from."""
+    """Whether it can say, of each token that it draws, the distribution at temperature 1 that it
+    was drawn from."""
     arguments: tuple[str, ...] | None = None
     """What `generate.engine_args` may name; None: whatever the package takes."""
     remote: bool = False
-    """Whether it asks an endpoint, which gives text: no weights are here, and every call may cost money."""
+    """Whether it asks an endpoint, which gives text: no weights are here, and every call may cost
+    money."""
 
 
 # A recipe that names no engine gets the first one that is installed: `hf`, which needs nothing more,
@@ -63,7 +66,8 @@ ONLY_SPEED = frozenset(
     "enable_chunked_prefill enable_prefix_caching enforce_eager gpu_memory_utilization "
     "max_num_batched_tokens max_num_seqs pipeline_parallel_size swap_space tensor_parallel_size".split()
 )
-"""Arguments that change how fast a model writes or how much it holds; any other may change what it writes."""
+"""Arguments that change how fast a model writes or how much it holds; any other may change what it
+writes."""
 SCORING = ONLY_SPEED - {"batch_size"}
 """What `score.engine_args` may name."""
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -141,8 +145,8 @@ def unknown_arguments(engine: str, arguments: Mapping[str, Any]) -> Iterator[str
         return
     for name in sorted(arguments.keys() - set(known)):
         yield (
-            f"the {engine} engine has no argument {name!r}; it has {' and '.join(known)}. Remove it, "
-            "or use generate.engine=vllm"
+            f"the {engine} engine has no argument {name!r}; it has {' and '.join(known)}. Remove "
+            "it, or use generate.engine=vllm"
         )
     rows = arguments.get("batch_size", 1)
     if type(rows) is not int or rows < 1:
@@ -165,8 +169,8 @@ def _names_code(name: str, value: Any) -> bool:
 
 PRICES = ("usd_per_million_prompt_tokens", "usd_per_million_completion_tokens")
 UNRECORDED = (*PRICES, "max_usd", "accept_partial")
-"""Fields that no record keeps: what was agreed with a provider is nobody else's business, and what is to become
-of a run that such a budget stops means nothing without it."""
+"""Fields that no record keeps: what was agreed with a provider is nobody else's business, and what
+is to become of a run that such a budget stops means nothing without it."""
 
 if TYPE_CHECKING:
     EngineName = str
@@ -205,9 +209,11 @@ class Generate(Section):
     """Passed to the engine as they are (vLLM: arguments of `LLM`; hf: `batch_size`,
     `max_model_len`; openai: fields of the request's body)."""
     base_url: str | None = None
-    """Of an endpoint: its address, as `https://api.example.com/v1`; `model` is the model's name there."""
+    """Of an endpoint: its address, as `https://api.example.com/v1`; `model` is the model's name
+    there."""
     api_key_env: str | None = None
-    """Of an endpoint: the NAME of the environment variable that holds the key; null: it asks for none."""
+    """Of an endpoint: the NAME of the environment variable that holds the key; null: it asks for
+    none."""
     concurrency: int = Field(8, ge=1, le=1024)
     """Of an endpoint: calls at once, at most; fewer while it says that they are too many."""
     timeout_seconds: float = Field(600.0, gt=0)

@@ -80,13 +80,13 @@ def trained_student(model: str, *, field: str) -> Path:
     where = f"{field}: {model}"
     if run_dir is None or model == RUN or "://" in model:
         raise UsageError(
-            f"{where} names no folder of this machine, expected run:RUN_DIR, the run.dir of another "
-            "recipe. Copy the student's folder here, and name that."
+            f"{where} names no folder of this machine, expected run:RUN_DIR, the run.dir of "
+            "another recipe. Copy the student's folder here, and name that."
         )
     if not run_dir.is_dir():
         raise UsageError(
-            f"{where}: no folder {run_dir} (looked in {Path.cwd()}). Name the run.dir of the recipe "
-            "that trained the student."
+            f"{where}: no folder {run_dir} (looked in {Path.cwd()}). Name the run.dir of the "
+            "recipe that trained the student."
         )
     training = (run_dir / LATEST).resolve()
     student = training / STUDENT
@@ -103,12 +103,12 @@ def _no_student(run_dir: Path) -> str:
         return f"is one training of a run. Name the run, {RUN}{run_dir.parent}, or {run_dir / STUDENT}."
     if begun_runs(run_dir):
         return (
-            f"has no finished student ({LATEST} leads to none). Run its recipe to the end of `train` "
-            "first."
+            f"has no finished student ({LATEST} leads to none). Run its recipe to the end of "
+            "`train` first."
         )
     return (
-        "is no folder in which a student was trained (no train-* in it). Name the run.dir of a recipe "
-        "with `student` and `train` that has run."
+        "is no folder in which a student was trained (no train-* in it). Name the run.dir of a "
+        "recipe with `student` and `train` that has run."
     )
 
 

@@ -126,7 +126,8 @@ class Checkpoints:
             return opened(path)
         except UnpicklingError as error:
             raise IntegrityError(
-                f"{path}: holds more than tensors, and none of it was run. Delete {folder} {_GO_ON}."
+                f"{path}: holds more than tensors, and none of it was run. Delete {folder} "
+                f"{_GO_ON}."
             ) from error
         except NOT_AS_WRITTEN as error:
             raise IntegrityError(

@@ -14,7 +14,9 @@ WSD_DECAY = 0.2  # share of all tokens in which `wsd` falls from the peak to the
 
 
 def make_optimizer(model: nn.Module, train: Train) -> torch.optim.AdamW:
-    """AdamW over the parameters that train; norms and biases (fewer than two dimensions) do not decay.
+    """AdamW over the parameters that train.
+
+    Norms and biases (fewer than two dimensions) do not decay.
 
     One operation takes sharded weights or whole ones, so each kind has groups of its own.
     """
@@ -52,7 +54,8 @@ def load_optimizer_state(
 ) -> None:
     """Give it what a checkpoint has of it, under `optimizer/`; all ranks call it.
 
-    A single process of before wrote numbers in place of names: first those of matrices, then the others.
+    A single process of before wrote numbers in place of names: first those of matrices, then the
+    others.
     """
     earlier = {name: n for n, name in enumerate(sorted(named, key=lambda n: named[n].ndim < 2))}
     names = {parameter: name for name, parameter in named.items()}

@@ -39,7 +39,8 @@ HISTORY_POINTS = 200
 class Run:
     """One arm's training, from where it stands to the end; of several ranks each has one.
 
-    What the ranks decide they decide alike: of numbers that all have, or of what the first one tells.
+    What the ranks decide they decide alike: of numbers that all have, or of what the first one
+    tells.
     """
 
     def __init__(self, job: Job, files: LocalFiles, loss: Loss) -> None:

@@ -17,7 +17,10 @@ ID_FILE = "wandb-id"
 
 
 class Board:
-    """TensorBoard scalars over tokens; what a run wrote after the checkpoint it goes on from is purged."""
+    """TensorBoard scalars over tokens.
+
+    What a run wrote after the checkpoint it goes on from is purged.
+    """
 
     def __init__(self, job: Job, files: LocalFiles, tokens: int) -> None:
         """Begin after so many `tokens`; of several ranks the first one writes."""

@@ -87,7 +87,10 @@ class Stored:
     """The tensors of a checkpoint, to be read into those of a training."""
 
     def __init__(self, pieces: Iterable[Piece], *, folder: Path, alone: bool) -> None:
-        """Pieces of all files; `folder`: the checkpoint's, for messages; `alone`: there is one rank."""
+        """Pieces of all files; `folder`: the checkpoint's, for messages.
+
+        `alone`: there is one rank.
+        """
         self._folder, self._alone = folder, alone
         self._pieces: dict[str, list[Piece]] = defaultdict(list)
         for piece in pieces:
@@ -191,7 +194,10 @@ def _opened(path: Path) -> Any:
 
 @contextmanager
 def _plainly() -> Iterator[None]:
-    """What a rank raised, in place of what the library wraps it in; without the note that one rank is alone."""
+    """What a rank raised, in place of what the library wraps it in.
+
+    Without the note that one rank is alone.
+    """
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")

@@ -246,7 +246,10 @@ class Trainer:
         }
 
     def whole_state(self) -> dict[str, Any] | None:
-        """What trained of a sharded student, whole, on the first rank; all ranks ask. None: the model has it whole."""
+        """What trained of a sharded student, whole, on the first rank; all ranks ask.
+
+        None: the model has it whole.
+        """
         if self._root is None:
             return None
         return whole_state(self.model)
@@ -348,7 +351,10 @@ class Trainer:
         spare: Callable[[], Sample],
         between: Callable[[], None] = lambda: None,
     ) -> torch.Tensor:
-        """`sums_of` of some passes. Of a sharded student a rank without one takes part with a `spare` sample."""
+        """`sums_of` of some passes.
+
+        Of a sharded student a rank without one takes part with a `spare` sample.
+        """
         sums, root = self._zeros(), self._root
         nothing = replace(
             aim, soft_weight=0.0, hard_weight=0.0, features=(0.0,) * len(aim.features)

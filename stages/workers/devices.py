@@ -62,8 +62,8 @@ def shared_out(
     count = max(1, min(len(groups), most or len(groups))) if workers == "auto" else workers
     if count > len(groups):
         raise UsageError(
-            f"compute.workers: {count} workers with {size} GPUs each were asked for, and {len(gpus)} "
-            f"are visible: that is enough for {len(groups)}. Lower it, or leave it out."
+            f"compute.workers: {count} workers with {size} GPUs each were asked for, and "
+            f"{len(gpus)} are visible: that is enough for {len(groups)}. Lower it, or leave it out."
         )
     if len(gpus) == size:
         return [{}]

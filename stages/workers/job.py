@@ -105,8 +105,8 @@ class Job:
     def agreed_stop(self) -> None:
         """Raise `Stopped` on every rank if a signal came to one of them.
 
-        All ranks call it at the same places, as after each step: one that left alone would leave the
-        others in a collective. A process that is alone looks at its own flag.
+        All ranks call it at the same places, as after each step: one that left alone would leave
+        the others in a collective. A process that is alone looks at its own flag.
         """
         if self.ranks.count == 1:
             self.stop.check()

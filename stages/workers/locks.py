@@ -32,7 +32,10 @@ def try_lock(descriptor: int, *, shared: bool = False) -> bool | None:
 
 @contextmanager
 def worker_number(folder: Path) -> Iterator[int]:
-    """The smallest number from 1 that no other living process has taken in this folder; held until the block ends."""
+    """The smallest number from 1 that no other living process has taken in this folder.
+
+    Held until the block ends.
+    """
     for number in count(1):
         descriptor = _open(folder / f".worker-{number}")
         if try_lock(descriptor) is not False:
@@ -87,7 +90,8 @@ def one_group(
 ) -> Iterator[None]:
     """`only_one` for all ranks of a group: the first takes the lock for them.
 
-    `look` is called by all ranks at the same times while they wait, which they do for as long as it takes.
+    `look` is called by all ranks at the same times while they wait, which they do for as long as it
+    takes.
     """
     if ranks.first:
 

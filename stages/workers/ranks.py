@@ -126,7 +126,10 @@ class Ranks:
             distributed.destroy_process_group()
 
     def lost(self, error: Exception) -> str | None:
-        """What to say of an error that only means that another rank is gone or hangs; None: it means something else."""
+        """What to say of an error that only means that another rank is gone or hangs.
+
+        None: it means something else.
+        """
         if self.count == 1:
             return None
         from torch.distributed import DistError
@@ -201,7 +204,10 @@ class Ranks:
         return told
 
     def each(self, work: Callable[[], Any]) -> list[Any]:
-        """What `work` gives each rank, by its number; where it raises a StillroomError on one, all raise it."""
+        """What `work` gives each rank, by its number.
+
+        Where it raises a StillroomError on one, all raise it.
+        """
         found, failed = None, None
         try:
             found = work()
@@ -214,7 +220,9 @@ class Ranks:
         return [part for part, _ in parts]
 
     def by_first(self, work: Callable[[], Any]) -> Any:
-        """What `work` gives the first rank, as JSON; the others do none of it and wait however long it takes.
+        """What `work` gives the first rank, as JSON.
+
+        The others do none of it and wait however long it takes.
 
         Where it raises a StillroomError, all raise one.
         """

@@ -160,7 +160,10 @@ class Share(Generic[R]):
             yield
 
     def blocks(self) -> Iterator[tuple[int, list[R]]]:
-        """How many have a block already, and its requests; the next block is claimed when it is asked for."""
+        """How many have a block already, and its requests.
+
+        The next block is claimed when it is asked for.
+        """
         pending = self._pending.blocks
         blocks = self.work.claims.blocks(
             pending,
@@ -231,7 +234,9 @@ class Share(Generic[R]):
         self.job.progress.advance()
 
     def heartbeat(self) -> None:
-        """An engine can be busy for minutes before a row is finished; commits, signals and others do not wait for it.
+        """An engine can be busy for minutes before a row is finished.
+
+        Commits, signals and others do not wait for it.
 
         Raises:
             Stopped: a signal came.

@@ -64,7 +64,10 @@ class Watch:
     def begin(
         self, suspect: Callable[[Suspicion], None] | None = None, *, keeper: int | None = None
     ) -> None:
-        """Watch. `suspect` is told; `keeper` is the rank in whose process the store is, if it is in one."""
+        """Watch.
+
+        `suspect` is told; `keeper` is the rank in whose process the store is, if it is in one.
+        """
         self._suspect, self._keeper = suspect, keeper
         self._write()  # before the first meeting: whoever came to that has shown a sign
         for work in (self._ask, self._judge):

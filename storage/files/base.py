@@ -103,7 +103,9 @@ class Files(Protocol):
         """
 
     def names(self, folder: str, prefix: str = "") -> list[str]:
-        """Names of the files in a folder that begin with a prefix, sorted; none if the folder is not there.
+        """Names of the files in a folder that begin with a prefix, sorted.
+
+        None if the folder is not there.
 
         Temporary files are left out. An object store lists no others than those.
         """

@@ -86,7 +86,10 @@ def compared(case: Any, seen: list[Any]) -> dict[str, Any]:
 
 
 def logits_off(case: Any) -> float | None:
-    """Of the two students, on texts that were not trained on; None of a classifier, which reads none of them."""
+    """Of the two students, on texts that were not trained on.
+
+    None of a classifier, which reads none of them.
+    """
     import torch
     from ranked import student_of
     from tiny_store import random_texts

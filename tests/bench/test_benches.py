@@ -1,4 +1,7 @@
-"""Benchmarks run one tiny step here, so that they cannot rot; their figures mean nothing at this size."""
+"""Benchmarks run one tiny step here, so that they cannot rot.
+
+Their figures mean nothing at this size.
+"""
 
 import importlib.util
 import io

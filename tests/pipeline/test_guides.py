@@ -101,7 +101,10 @@ def put_under(name: str, stand_in: Path, cache: Path) -> None:
 
 
 def write_file(block: Block, folder: Path, served: str) -> None:
-    """Recipes with smaller numbers, data with more records; `served`: the endpoint that stands for all."""
+    """Recipes with smaller numbers, data with more records.
+
+    `served`: the endpoint that stands for all.
+    """
     import yaml
 
     assert block.title is not None

@@ -17,7 +17,8 @@ from kit import prompts
 VOCABULARY = 300
 END = 2
 Form = Literal["ids", "bytes", "strings"]
-"""vLLM's ids; bytes as OpenAI gives them; strings of tokens decoded alone, where a part of a character is U+FFFD."""
+"""vLLM's ids; bytes as OpenAI gives them; strings of tokens decoded alone, where a part of a
+character is U+FFFD."""
 
 
 @cache
@@ -125,7 +126,10 @@ def bytes_of(token: int) -> bytes:
 
 @cache
 def _alphabet() -> dict[str, int]:
-    """Bytes that stand for themselves are those of Latin 1 that print; the others follow 255 in their order."""
+    """Bytes that stand for themselves are those of Latin 1 that print.
+
+    The others follow 255 in their order.
+    """
     printing = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printing]
     return {chr(b): b for b in printing} | {chr(256 + n): b for n, b in enumerate(others)}

@@ -93,7 +93,10 @@ def whole(state: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def go_on(ranks: Ranks, how: str, folder: Path, last: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Steps from the last checkpoint to `last`, of which a checkpoint is kept; the state before and after them."""
+    """Steps from the last checkpoint to `last`, of which a checkpoint is kept.
+
+    The state before and after them.
+    """
     trainer, checkpoints = trainer_of(ranks, how), Checkpoints(LocalFiles(folder), ranks)
     done = checkpoints.steps()
     if done:

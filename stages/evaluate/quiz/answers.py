@@ -57,7 +57,9 @@ class Quiz:
     """False: the answers are only to be looked at."""
 
     def answers(self, model: Any, job: Job) -> list[str]:
-        """A model's greedy answers, in batches of prompts of like length; a prompt that fills the context gets none.
+        """A model's greedy answers, in batches of prompts of like length.
+
+        A prompt that fills the context gets none.
 
         The batches are the same for any number of ranks, which have them dealt out.
         """
@@ -109,7 +111,10 @@ class Quiz:
         return {"teacher": [str(text) for text in written], **answers}
 
     def unfinished(self, answers: dict[str, list[str]], job: Job) -> dict[str, list[str]]:
-        """Reference and arm -> prompts whose text the pattern came to no end with; such a text is right nowhere."""
+        """Reference and arm -> prompts whose text the pattern came to no end with.
+
+        Such a text is right nowhere.
+        """
         found: dict[str, list[str]] = {}
         if self.settings.pattern is None:
             return found
@@ -251,9 +256,9 @@ def _questions(
 def _text_of(row: dict[str, Any], texts: dict[bytes, str], store: Store) -> str:
     if row["generation_key"] not in texts:
         raise IntegrityError(
-            f"{store.root}: the held-out row of prompt {row['prompt_key'].hex()} names the generation "
-            f"{row['generation_key'].hex()}, and no commit holds it. Run `stillroom verify`, then the "
-            "recipe again."
+            f"{store.root}: the held-out row of prompt {row['prompt_key'].hex()} names the "
+            f"generation {row['generation_key'].hex()}, and no commit holds it. Run `stillroom "
+            "verify`, then the recipe again."
         )
     return texts[row["generation_key"]]
 
@@ -304,7 +309,10 @@ def _rows(
 def greedy(
     model: Any, tokenizer: "PreTrainedTokenizerBase", prompts: list[list[int]], *, max_tokens: int
 ) -> list[str]:
-    """Greedy continuations of one batch, padded on the left; `model` is a transformers or PEFT language model."""
+    """Greedy continuations of one batch, padded on the left.
+
+    `model` is a transformers or PEFT language model.
+    """
     import torch
     from transformers import GenerationConfig
 
@@ -353,7 +361,10 @@ def scorer(settings: EvaluateGenerate) -> Callable[[str, str], float]:
 
 
 def _compared(settings: EvaluateGenerate) -> Callable[[str], Any]:
-    """What of a text is compared: of its last match, or of all of it, the normal form; None: there is none."""
+    """What of a text is compared: of its last match, or of all of it, the normal form.
+
+    None: there is none.
+    """
     pattern, normal_form = settings.pattern, NORMAL_FORMS[settings.normalize]
 
     def compared(text: str) -> Any:

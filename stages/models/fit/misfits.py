@@ -116,8 +116,8 @@ def refuse_shared_norms(folder: Path, processes: object) -> None:
 def shared_norm(name: str) -> UsageError:
     """What is said of a batch norm of a student that several ranks train."""
     return UsageError(
-        f"compute.processes: {name} of the student is a batch norm, whose statistics would depend on "
-        "how many processes share a step. Set compute.processes to 1."
+        f"compute.processes: {name} of the student is a batch norm, whose statistics would depend "
+        "on how many processes share a step. Set compute.processes to 1."
     )
 
 

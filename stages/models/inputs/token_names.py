@@ -45,7 +45,10 @@ class TokenNames:
         return self._both(token)[1]
 
     def fits(self, name: bytes, token: int, before: bytes) -> bool:
-        """Whether a server may call a token so; `before`: the part of a character that the tokens before it end in."""
+        """Whether a server may call a token so.
+
+        `before`: the part of a character that the tokens before it end in.
+        """
         exact, alone = self._both(token)
         if name in (exact, alone):
             return True

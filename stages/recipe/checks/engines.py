@@ -20,8 +20,8 @@ def check_reader(recipe: Recipe) -> Errors:
         return errors
     if not TASKS[recipe.run.task].structure.shifted:
         message = (
-            f"{VLLM!r} says what follows in a text, and the targets of {recipe.run.task} are none of "
-            f"that. Use {HF!r}"
+            f"{VLLM!r} says what follows in a text, and the targets of {recipe.run.task} are none "
+            f"of that. Use {HF!r}"
         )
         errors.append(("score.engine", message))
     if score.kernel is not None:
@@ -51,8 +51,8 @@ def check_kept(recipe: Recipe) -> Errors:
         return [*errors, (path, "there is no section `score` that would find them. Remove it")]
     if generate.model not in (None, recipe.teacher.model):
         message = (
-            f"{generate.model} writes, and score asks for the distributions of {recipe.teacher.model}. "
-            "Remove it, or let the teacher write"
+            f"{generate.model} writes, and score asks for the distributions of "
+            f"{recipe.teacher.model}. Remove it, or let the teacher write"
         )
         errors.append((path, message))
     if "logprobs_mode" in generate.engine_args:
@@ -68,8 +68,9 @@ def check_kept(recipe: Recipe) -> Errors:
         errors.append((path, f"{unfit}, so the teacher would read every text again. {_MEND}"))
     if recipe.scoring_engine not in (None, generate.engine):
         message = (
-            f"score by engine {recipe.scoring_engine!r} takes its own rows alone, and generate.engine is "
-            f"{generate.engine or 'not named'}. Name the same one in both, or leave score.engine out"
+            f"score by engine {recipe.scoring_engine!r} takes its own rows alone, and "
+            f"generate.engine is {generate.engine or 'not named'}. Name the same one in both, or "
+            "leave score.engine out"
         )
         errors.append((path, message))
     return errors

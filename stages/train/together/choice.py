@@ -102,7 +102,10 @@ def _outputs(student: Any) -> int:
 
 
 def _activations(student: Any, *, checkpointing: bool) -> int:
-    """Numbers that a position leaves for the backward pass, by the rule above; 0 where the config says no widths."""
+    """Numbers that a position leaves for the backward pass, by the rule above.
+
+    0 where the config says no widths.
+    """
     config = student.config.get_text_config()
     width = getattr(config, "hidden_size", 0)
     inside = getattr(config, "intermediate_size", None) or 4 * width
@@ -115,7 +118,9 @@ def _activations(student: Any, *, checkpointing: bool) -> int:
 def chosen(
     student: nn.Module, asked: str, train: Train, ranks: Ranks, device: torch.device, *, half: bool
 ) -> Held:
-    """By what the ranks share a student: as asked; auto shards what does not fit on each of their devices.
+    """By what the ranks share a student: as asked.
+
+    Auto shards what does not fit on each of their devices.
 
     Raises:
         UsageError: it has batch norms, or it can be neither held whole nor sharded.

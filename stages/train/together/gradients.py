@@ -18,7 +18,9 @@ BUCKET_BYTES = 64 * 2**20
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter], ranks: Ranks) -> None:
-    """Give all ranks the sum of their gradients of whole weights; those of sharded ones are summed already.
+    """Give all ranks the sum of their gradients of whole weights.
+
+    Those of sharded ones are summed already.
 
     A rank that had no pass has none. A weight that no rank has a gradient of keeps none: the
     optimizer leaves it alone.

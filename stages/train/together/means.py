@@ -14,8 +14,8 @@ class Losses:
     """Means per scored token, nats."""
 
     loss: float
-    """soft_weight * divergence + hard_weight * cross-entropy, over all: without a label the second is
-    0. And what of the features is matched, weighted."""
+    """soft_weight * divergence + hard_weight * cross-entropy, over all: without a label the second
+    is 0. And what of the features is matched, weighted."""
     soft: float | None
     """Divergence from the teacher; None where it was not computed."""
     hard: float | None

@@ -12,15 +12,18 @@ from ...workers.ranks import Ranks
 
 
 class OutOfMemory(ProcessDied):
-    """A rank of a sharded student ran out of memory; all ranks are to be started again, with passes of `tokens`."""
+    """A rank of a sharded student ran out of memory.
+
+    All ranks are to be started again, with passes of `tokens`.
+    """
 
     def __init__(self, tokens: int, message: str, ranks: Ranks) -> None:
         """`message` is torch's."""
         self.tokens = tokens
         super().__init__(
-            f"train: rank {ranks.rank} of {ranks.count} ran out of memory ({message}). The others wait "
-            f"for it, so all ranks start again, with passes of {tokens} tokens. Run the same command "
-            "again if they do not."
+            f"train: rank {ranks.rank} of {ranks.count} ran out of memory ({message}). The others "
+            f"wait for it, so all ranks start again, with passes of {tokens} tokens. Run the same "
+            "command again if they do not."
         )
 
 

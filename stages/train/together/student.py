@@ -64,8 +64,8 @@ def made_whole(job: Job, teacher_dir: Path, state: Mapping[str, Any]) -> nn.Modu
     unknown = model.load_state_dict(state, strict=False).unexpected_keys
     if wrong := [*sorted(trained - set(state)), *unknown]:
         raise StillroomError(
-            f"train: the gathered student has not the weights of the one that it began as ({wrong[0]}). "
-            "Its checkpoint is kept. Set compute.sharding to ddp, and run again."
+            "train: the gathered student has not the weights of the one that it began as "
+            f"({wrong[0]}). Its checkpoint is kept. Set compute.sharding to ddp, and run again."
         )
     return model
 

@@ -1,4 +1,7 @@
-"""Each advice fires on a planted case and is silent on a good run; plan, status, run and report say the same."""
+"""Each advice fires on a planted case and is silent on a good run.
+
+Plan, status, run and report say the same.
+"""
 
 import math
 import random
@@ -22,7 +25,10 @@ Run = dict[str, Any]
 
 
 def curve(loss: Callable[[float], float], *, noise: float = 0.01, points: int = 200) -> list[Run]:
-    """A history: the loss as a function of the share of the training, with noise of batches; norms that vary by two."""
+    """A history: the loss as a function of the share of the training, with noise of batches.
+
+    Norms that vary by two.
+    """
     drawn = random.Random(7)
     return [
         {

@@ -460,7 +460,10 @@ def test_gradients_that_do_not_fit_in_memory_cost_nothing_else(
 
 
 def test_progress_counts_what_models_read_and_reaches_its_total(world: World) -> None:
-    """Both students; the teacher's rows are read from the store, which says nothing of the time left."""
+    """Both students.
+
+    The teacher's rows are read from the store, which says nothing of the time left.
+    """
     put_prompts(world, [None] * PROMPTS)
     job = world.job(world.score("topk", 8), evaluate={"generate": {"prompts": 5, "max_tokens": 4}})
     evaluate.run(job)

@@ -52,7 +52,10 @@ def written(
 
 
 def vllm_of(author: Identity, wanted: Generate) -> VllmEngine:
-    """The engine that is open, told of other settings, if it has this folder; else a new one in its place."""
+    """The engine that is open, told of other settings, if it has this folder.
+
+    Else a new one in its place.
+    """
     if author.folder not in open_vllm or author.folder.name != Path(STORIES).name:
         close_vllm()
         open_vllm[author.folder] = VllmEngine(author, wanted, Clock())
@@ -138,7 +141,10 @@ def test_a_stop_string_ends_the_text_before_it(name: str, assets: Path, tmp_path
 def test_what_tokens_were_drawn_from_is_kept_raw(
     name: str, sampling: dict[str, float], assets: Path, tmp_path: Path
 ) -> None:
-    """Neither temperature nor top_p is in it, nothing outside a nucleus is -inf; what a stop string cuts is cut."""
+    """Neither temperature nor top_p is in it, nothing outside a nucleus is -inf.
+
+    What a stop string cuts is cut.
+    """
     author = author_at(assets / STORIES, tmp_path)
     model = load_causal_lm(author)
     requests = [Request(n, [1, 403, 407, 261][: 2 + n % 3], seed=n) for n in range(6)]
@@ -285,7 +291,10 @@ CAT_THE, DOG, CAT, THE = (
 def test_rows_end_where_their_own_completion_does(
     tiny_llama: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """End id 0, prompts that end in the beginning of a stop string; the rows of an endless model say where ends are."""
+    """End id 0, prompts that end in the beginning of a stop string.
+
+    The rows of an endless model say where ends are.
+    """
     sampled = {"temperature": 1.0, "max_tokens": 16, "engine_args": {"batch_size": 64}}
     requests = [Request(n, [1, *[5] * (n % 3), CAT], seed=n) for n in range(64)]
     endless = author_at(tiny_llama("endless", eos_token_id=None), tmp_path)

@@ -30,7 +30,8 @@ TIED = {"config": {"num_hidden_layers": 2, "tie_word_embeddings": True}}
 DEEP = {"config": {"num_hidden_layers": 8}}
 SIXTY = {"tokens": 5900, "evaluate_every_tokens": 2000, "validate": True}
 SAME = 1e-5
-"""Of the loss of a step, as rounding leaves it; of a gradient's norm a hundred times as much, relative."""
+"""Of the loss of a step, as rounding leaves it; of a gradient's norm a hundred times as much,
+relative."""
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,8 @@
-"""How much of the teacher the recipe's entries hold, and how many would hold enough, measured on stored rows.
+"""Mass of the teacher that the recipe's entries hold, measured on stored rows, and K for enough.
 
-Held-out rows are stored whole (above a vocabulary of 65,536 their 4,096 best ids), whatever the recipe
-keeps of the others. So of any K their first positions say what it would hold: nothing is extrapolated.
+Held-out rows are stored whole, whatever the recipe keeps of the others (above a vocabulary of
+65,536 their 4,096 best ids are stored). So of any K their first positions say what it would hold:
+nothing is extrapolated.
 """
 
 from typing import Any
@@ -41,8 +42,7 @@ def held_mass(store: Store, held_out: Snapshot, kept: Kept) -> dict[str, Any] | 
 
     Returns:
         `entries` and `mass` of a position; `enough`, the entries that would hold `ENOUGH_MASS`
-        (None:
-        more than are stored); `positions`, how many were looked at. None: no row tells.
+        (None: more than are stored); `positions`, how many were looked at. None: no row tells.
     """
     if held_out.table != "soft_targets" or not kept.structure.has_tail:
         return None
@@ -64,9 +64,9 @@ def held_mass(store: Store, held_out: Snapshot, kept: Kept) -> dict[str, Any] | 
 
 
 def _best(store: Store, held_out: Snapshot) -> np.ndarray | None:
-    """[n, m] mass that the best 1, 2, ... m ids hold, of the first positions.
+    """[n, m] mass that the best 1, 2, ... m ids hold, at the first positions.
 
-    M is the fewest that a row has.
+    The number m is the fewest that a row has.
     """
     found: list[np.ndarray] = []
     shard = held_out.shards[0]

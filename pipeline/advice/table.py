@@ -85,8 +85,8 @@ RULES = {
         "Set {remedy}",
     ),
     "still_falling": Rule(
-        "the loss fell by {fall} from the tenth before the last tenth of the training to the last, to "
-        "{loss}",
+        "the loss fell by {fall} from the tenth before the last tenth of the training to the "
+        "last, to {loss}",
         "It had not come to rest: more of the same training brings more",
         "Set train.{length}",
     ),
@@ -101,18 +101,20 @@ RULES = {
         "Set train.learning_rate: {rate}, a third of what it was",
     ),
     "rate_too_low": Rule(
-        "the loss went from {first} to {loss} in the first {tokens} tokens, a quarter of the training",
+        "the loss went from {first} to {loss} in the first {tokens} tokens, a quarter of the "
+        "training",
         "Steps this small, or a student that has nothing left to learn, teach nothing",
         "Set train.learning_rate: {rate}, three times what it was",
     ),
     "worse": Rule(
-        "{measure} is {gap} nats worse than that of {other} ({value} against {against}, standard error {error})",
+        "{measure} is {gap} nats worse than that of {other} ({value} against {against}, standard "
+        "error {error})",
         "What the targets add is less than what they take away",
         "Set train.learning_rate: {rate}, a third of what it was, for both",
     ),
     "too_few_tokens": Rule(
-        "on {tokens} held-out tokens a difference in {measure} to {other} shows from {visible} on, and it is "
-        "{gap}",
+        "on {tokens} held-out tokens a difference in {measure} to {other} shows from {visible} on, "
+        "and it is {gap}",
         "So it is not known which of them is better: {visible} is {share} of what {other} is off",
         "Hold out {times} as much: {remedy}",
     ),

@@ -1,4 +1,7 @@
-"""`verify --deep`: finding the teacher whose rows are read again, and what was found, for people and for programs."""
+"""`verify --deep` finds the teacher whose rows are read again, and tells what was found.
+
+It is told for people and for programs.
+"""
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
@@ -43,6 +46,8 @@ class DeepRequest:
 
 def deeply(teacher: str | None, **how: Any) -> DeepRequest:
     """The options of a command line.
+
+    The teacher is None where `--deep` and `--teacher` do not come together.
 
     `teacher` is None where `--deep` and `--teacher` do not come together.
 
@@ -102,7 +107,10 @@ def find_teacher(store: Store, asked: DeepRequest) -> Identity:
 
 
 def _how_loaded(known: Iterable[dict[str, Any]], asked: DeepRequest) -> list[dict[str, Any]]:
-    """Dtype and quantisation to be tried, both parts of an identity: as the checkpoint says, then as the store has."""
+    """Dtype and quantisation to be tried, which are both parts of an identity.
+
+    What the checkpoint says comes first, then what the store has.
+    """
     parts = list(known)
     stored = sorted({str(part["dtype"]) for part in parts if "dtype" in part})
     named = {
@@ -306,5 +314,8 @@ def _how_other(tried: Sequence[Identity], parts: dict[str, Any]) -> str:
     if not parts:
         return "about which the store knows nothing"
     if "endpoint" in parts:
-        return "of an endpoint, which reads no text again: `verify` without --deep checks all that can be"
+        return (
+            "of an endpoint, which reads no text again: `verify` without --deep checks all that "
+            "can be"
+        )
     return "with other " + min((different(identity.parts, parts) for identity in tried), key=len)

@@ -12,7 +12,7 @@ from .libraries import Libraries
 
 
 def examine(store: str | None) -> Iterator[Finding]:
-    """Of this machine, and of a store's place.
+    """What is found of this machine, and of a store's place.
 
     What takes longest is started first and told last.
     """

@@ -1,4 +1,7 @@
-"""What is installed, against what the project asks for: the interpreter, packages, optional extras."""
+"""What is installed, against what the project asks for.
+
+It looks at the interpreter, at packages, and at optional extras.
+"""
 
 import platform
 import sys

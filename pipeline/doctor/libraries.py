@@ -1,7 +1,8 @@
-"""What loads: torch with the GPUs that it sees, and the engines that write text; in a process of its own.
+"""What loads: torch with the GPUs that it sees, and the engines that write text.
 
-These take seconds to import, and what is broken in them may end the process that tries it. So it is
-started first, does its work beside the other checks, and is waited for at the end.
+It is tried in a process of its own. These libraries take seconds to import, and what is broken in
+them may end the process that tries it. So it is started first, does its work beside the other
+checks, and is waited for at the end.
 """
 
 import json

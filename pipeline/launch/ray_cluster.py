@@ -1,6 +1,6 @@
-"""Ray: a run's jobs as actors of a cluster, one after the other.
+"""Ray runs a run's jobs as actors of a cluster, one after the other.
 
-Those that are lost are started again.
+Actors that are lost are started again.
 """
 
 import os
@@ -301,7 +301,10 @@ class _Actors:
             self._fail(failed)
 
     def _lose(self, slot: _Slot, why: str) -> None:
-        """A worker's place is lost: another one is sought, unless that goes on and nothing is done."""
+        """Take note that a worker's place is lost.
+
+        Another one is sought, unless that goes on and nothing is done.
+        """
         self._ray.kill(slot.actor)
         if self._signals or self._failure is not None:  # it was asked to leave
             return

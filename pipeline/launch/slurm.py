@@ -205,7 +205,8 @@ _ABOUT = {
 }
 
 _SUBMIT = """#!/bin/bash
-# Submits the jobs of a run, each to begin when the one before has ended well. Edit them as you like.
+# Submits the jobs of a run, each to begin when the one before has ended well. Edit them as \
+you like.
 set -euo pipefail"""
 
 _SCRIPT = """#!/bin/bash

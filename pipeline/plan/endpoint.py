@@ -43,7 +43,7 @@ def endpoint_notes(recipe: Recipe, author_id: str, store: Store | None) -> Itera
 def plan_endpoint(recipe: Recipe, line: StagePlan) -> None:
     """What the rows to do cost.
 
-    A budget that is reached ends the stage, if what is there may be gone on with.
+    A budget that is reached ends the stage, if the recipe may go on with what is there.
     """
     generate = endpoint_of(recipe)
     if generate is None or not line.pending:
@@ -62,7 +62,10 @@ def plan_endpoint(recipe: Recipe, line: StagePlan) -> None:
 
 
 def _rest(generate: Generate, line: StagePlan, answers: Answers) -> Tokens:
-    """Tokens of the rows to do: by the mean of what was answered, else what may be written at most."""
+    """Tokens of the rows to do.
+
+    They go by the mean of what was answered, else by what may be written at most.
+    """
     if not answers.count:
         return Tokens(0, line.pending * generate.max_tokens)
     each = (total / answers.count for total in answers.charged)
@@ -71,6 +74,8 @@ def _rest(generate: Generate, line: StagePlan, answers: Answers) -> Tokens:
 
 def price(plan: Plan) -> str:
     """What the rest of the text costs, for people.
+
+    It is empty where nothing is to be paid or no prices are known.
 
     Empty where nothing is to be paid or no prices are known.
 
@@ -89,7 +94,9 @@ def price(plan: Plan) -> str:
 
 
 def refuse_reading(recipe: Recipe, line: StagePlan) -> None:
-    """Refuse texts whose distributions an endpoint is to be asked for: it gives them while it writes.
+    """Refuse texts whose distributions an endpoint is to be asked for.
+
+    An endpoint gives distributions while it writes, and for no text that is there.
 
     Raises:
         UsageError: there are some.

@@ -261,9 +261,9 @@ def _plan_stored(recipe: Recipe, plan: Plan, books: Books) -> None:
 
 
 def _plan_score(plan: Plan, books: Books, *, upstream: bool) -> bool:
-    """A line for each teacher; whether all are done.
+    """Plan a line for each teacher, and say whether all are done.
 
-    Leaves `scored` behind, of named ones what `keep_scored` keeps.
+    It leaves the view `scored` behind; of named teachers the views that `keep_scored` keeps.
     """
     done = upstream
     for number, one in enumerate(plan.teachers):
@@ -290,7 +290,7 @@ def _plan_score(plan: Plan, books: Books, *, upstream: bool) -> bool:
 
 
 def _plan_published(plan: Plan, books: Books, published: Published) -> None:
-    """Prompts and text that are there already, as they are.
+    """Plan prompts and text that are there already, as they are.
 
     The recipe may say how they were made, or nothing.
     """

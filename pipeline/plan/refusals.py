@@ -58,7 +58,10 @@ def refuse_another(one: BoundTeacher) -> None:
 
 
 def _refuse_student(recipe: Recipe, folder: Path | None, teacher: Identity, *, write: bool) -> None:
-    """A student that does not go with this teacher; of one that is not here yet nothing is known."""
+    """Refuse a student that does not go with this teacher.
+
+    Of one that is not here yet nothing is known.
+    """
     student = needed(recipe.student, "student")
     if student.model is None and student.factory is None:
         layers = student.from_teacher_layers

@@ -1,4 +1,7 @@
-"""The workers of one stage, side by side: heard as one, replaced where they die, all ended before it is over."""
+"""The workers of one stage, side by side.
+
+They are heard as one, replaced where they die, and all ended before the stage is over.
+"""
 
 import signal
 import time
@@ -40,9 +43,9 @@ class Crew:
     def __init__(
         self, message: dict[str, Any], posts: Sequence[Post], *, run_dir: Path, screen: Screen
     ) -> None:
-        """`message`: what each process is told, but for its own log.
+        """Take `message`, what each process is told, but for its own log.
 
-        `screen` shows what they tell.
+        The `screen` shows what they tell.
         """
         self._message, self._posts = message, posts
         self._name: str = message["name"]
@@ -61,6 +64,8 @@ class Crew:
 
     def finish(self) -> dict[str, Any]:
         """Work until every worker has answered.
+
+        All of their process groups have ended then, whatever happened.
 
         All of their groups have ended then, whatever happened.
 
@@ -139,9 +144,9 @@ class Crew:
             self._fail(error)
 
     def _replace(self, worker: Worker, death: StageDied) -> None:
-        """Another process for one that died, if it had rows in flight or worked before.
+        """Start another process for one that died, if it had rows in flight or worked before.
 
-        Else the others go on alone.
+        Otherwise the others go on alone.
         """
         flight = read_journal(worker.journal)
         worked = bool(flight.rows) and flight.came_back > 0
@@ -225,9 +230,9 @@ def _forget(journals: Iterable[Path]) -> None:
 
 
 def _note(log: Path, text: str) -> None:
-    """What the runner says of a stage stands in the stage's log too.
+    """Write what the runner says of a stage into the stage's log too.
 
-    Where the disk is full, it does not.
+    Where the disk is full, it does not stand there.
     """
     with suppress(OSError), log.open("a") as file:
         file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")

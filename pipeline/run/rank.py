@@ -1,4 +1,4 @@
-"""One rank of stage two, where a launcher has started the ranks: the command `train` under torchrun or srun.
+"""One rank of stage two where a launcher has started the ranks: `train` under torchrun or srun.
 
 The first rank plans, as `run` does, and tells the others what each stage is told. Then all do it.
 """
@@ -49,6 +49,8 @@ class SaidElsewhere(StillroomError):
 
 def launched(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
     """Who this rank is and where the ranks meet, by torchrun's names.
+
+    It is empty where nobody has launched this process.
 
     Empty where nobody has launched it.
 

@@ -1,4 +1,7 @@
-"""Runs a plan: one stage after the other, each in a process group of its own that has ended before the next begins."""
+"""Run a plan, one stage after the other.
+
+Each stage is in a process group of its own, which has ended before the next begins.
+"""
 
 import sys
 import time
@@ -79,11 +82,10 @@ def run(
             elsewhere.
 
     Returns:
-        `{"run_dir", "stages": {name: {"rows", "tokens", "seconds", "state", "clock"}}, "results":
-        {arm: {...}},
-        "advice": [{...}], "clock": {...}}`; a stage's clock (`stages/workers/clock.py`) splits the
-        seconds of its
-        process, the last one is that of this process without them.
+        `{"run_dir", "stages": {name: {"rows", "tokens", "seconds", "state", "clock"}},
+        "results": {arm: {...}}, "advice": [{...}], "clock": {...}}`. A stage's clock
+        (`stages/workers/clock.py`) splits the seconds of its process. The last one is that of this
+        process without them.
 
     Raises:
         StillroomError: a stage failed; finished rows are kept.
@@ -227,7 +229,7 @@ def _started(
 ) -> dict[str, Any]:
     """The answer of a stage's processes.
 
-    `number` is the runner's, `alone` lets it start one, whatever is here.
+    The `number` is the runner's; `alone` lets it start one, whatever is here.
     """
     message, asked = stage_message(recipe, plan, name), asked_recipe(recipe, plan, name)
     first, *more = [{}] if alone else environments(asked, plan.line(name))

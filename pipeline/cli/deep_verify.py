@@ -47,8 +47,6 @@ class DeepRequest:
 def deeply(teacher: str | None, **how: Any) -> DeepRequest:
     """The options of a command line.
 
-    The teacher is None where `--deep` and `--teacher` do not come together.
-
     `teacher` is None where `--deep` and `--teacher` do not come together.
 
     Raises:

@@ -77,8 +77,6 @@ def price(plan: Plan) -> str:
 
     It is empty where nothing is to be paid or no prices are known.
 
-    Empty where nothing is to be paid or no prices are known.
-
     It is no note of the plan: those are recorded, and prices are not.
     """
     line = plan.stage("generate")

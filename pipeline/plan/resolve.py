@@ -64,8 +64,6 @@ def bind(recipe: Recipe, store: Store | None = None, *, write: bool) -> Bound:
 
     Where they are gone, what the store or a source wrote down stands in for them.
 
-    Where they are gone, take what the store or a source wrote down.
-
     Where `data.source` names the store or one of its sources, what is written there is all there
     is.
 

@@ -67,8 +67,6 @@ class Crew:
 
         All of their process groups have ended then, whatever happened.
 
-        All of their groups have ended then, whatever happened.
-
         Raises:
             Stopped: a signal came; also where the stage was done before it could stop, so that no
                 other one starts.

@@ -52,8 +52,6 @@ def launched(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
 
     It is empty where nobody has launched this process.
 
-    Empty where nobody has launched it.
-
     Raises:
         UsageError: a launcher has said a part of it.
     """

@@ -1,6 +1,6 @@
 """What is asked of engines: completions of requests, in any order.
 
-What follows in texts that are there.
+Engines are also asked what follows in texts that are there.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -33,7 +33,7 @@ class Request:
 class Completion:
     """What came of a request.
 
-    `error` in place of tokens where the engine refused it or failed on it alone.
+    There is an `error` in place of tokens where the engine refused it or failed on it alone.
     """
 
     number: int
@@ -60,10 +60,10 @@ class Completion:
 def before_stop(
     token_ids: list[int], stop: Sequence[str], decode: Callable[[list[int]], str]
 ) -> tuple[list[int], str]:
-    """A completion up to its first stop string: the ids that end before it, and what they decode to.
+    """A completion up to its first stop string: the ids that end before it, and their text.
 
-    A token that holds the beginning of the stop string goes with it, for ids and text must be of
-    one length: "ab", "c.", "d" with stop "." is "ab".
+    The text is what the ids decode to. A token that holds the beginning of the stop string goes
+    with it, for ids and text must be of one length: "ab", "c.", "d" with stop "." is "ab".
     """
     text = decode(token_ids)
     found = [text.index(string) for string in stop if string in text]
@@ -82,7 +82,7 @@ class Engine(Protocol):
     def generate(
         self, requests: Iterable[Request], heartbeat: Callable[[], None]
     ) -> Iterator[Completion]:
-        """Completions in the order they finish.
+        """Give completions in the order they finish.
 
         Draws from `requests` as places become free, not far ahead of them.
 

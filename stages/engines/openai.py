@@ -338,7 +338,7 @@ def _asked_seconds(headers: Mapping[str, str]) -> float | None:
 def _answer(response: Any, most: Tokens, *, kept: bool) -> Answer:
     """What is kept of a response, with what it says of its tokens.
 
-    ValueError and its like: it is not whole.
+    It raises a ValueError or its like where the response is not whole.
     """
     said = response.model_dump(warnings=False)  # what it says of its tokens is looked at later
     choice = said["choices"][0]

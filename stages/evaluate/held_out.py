@@ -42,7 +42,10 @@ class HeldOut:
         images: bool = False,
         teachers: "HeldOutTeachers | None" = None,
     ) -> None:
-        """`labelled`: texts to classify, or `images`, with their gold labels where they have one."""
+        """Take `labelled` texts to classify, or `images`.
+
+        They come with their gold labels where they have one.
+        """
         self._store, self._clock = store, clock
         self.snapshot, self.labelled, self.images = snapshot, labelled, images
         self.scored = snapshot.table == "soft_targets"
@@ -68,7 +71,7 @@ class HeldOut:
     def said(self, row: dict[str, Any], own: SoftTargets | None) -> "Said | None":
         """What several teachers say of a row with its own targets.
 
-        None: it has one teacher, or none.
+        It is None where the row has one teacher, or none.
         """
         return None if self.teachers is None or own is None else self.teachers.said(row, own)
 
@@ -79,9 +82,9 @@ class HeldOut:
         )
 
     def _read(self, *columns: str, ranks: Ranks | None = None) -> Iterator[dict[str, Any]]:
-        """Each with its number in the snapshot.
+        """Read each row with its number in the snapshot.
 
-        Those of one of several ranks alone where it is asked for.
+        Where one of several ranks is asked for, its rows alone are read.
         """
         rank, count, first = (ranks.rank, ranks.count, 0) if ranks else (0, 1, 0)
         for shard in self.snapshot.shards:

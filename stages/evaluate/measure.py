@@ -38,20 +38,23 @@ ROWS_AT_ONCE = 16
 class Measuring(Protocol):
     """How a task's rows are measured.
 
-    The class of this name in the module that bears the task's name.
+    It is the class of this name in the module that bears the task's name.
     """
 
     def tally(self) -> "Tally":
         """Where an arm is counted, empty."""
 
     def outcomes(self, row: Row) -> np.ndarray | None:
-        """[N] what is there, at each of a row's targets, -1 where it is not known.
+        """[N] what is there, at each of a row's targets, and -1 where it is not known.
 
-        None: nowhere.
+        It is None where it is known nowhere.
         """
 
     def named(self, measures: "dict[str, Tensor]") -> "dict[str, Tensor]":
-        """The measures of `metrics.measure` where that is known, with those that only this task has."""
+        """The measures of `metrics.measure` where the outcome is known, and the task's own.
+
+        The task's own measures are those that only this task has.
+        """
 
     def of_student(self, model: "nn.Module") -> MeasureRow:
         """How the rows of one student are measured."""
@@ -59,7 +62,7 @@ class Measuring(Protocol):
     def gradient(self, model: "nn.Module", arm: str) -> Gradient:
         """How far stored targets turn a student's gradient from that of whole ones.
 
-        None: there is no choice.
+        It says nothing where there is no choice.
         """
 
 
@@ -116,7 +119,7 @@ def _in_order(
 ) -> Iterator[tuple[int, Found]]:
     """Tokens of each row and what `work` makes of it, in the order of all rows.
 
-    On the first rank alone.
+    The first rank alone has them.
     """
     ranks = job.ranks
     rows = held_out.targets(ranks)

@@ -1,11 +1,12 @@
-"""Stage `evaluate`: teacher and students on the same held-out tokens, one model in memory at a time.
+"""Stage `evaluate`: teacher and students on the same held-out tokens, one model at a time.
 
-The teacher is never loaded: its numbers come from the stored targets. Rows go through a model one
-by one and its logits a chunk of tokens at a time, so memory grows with one row and not with the
-held-out set. `evaluation.json` is written last: that it exists means that the evaluation is done.
+One model is in memory at a time. The teacher is never loaded: its numbers come from the stored
+targets. Rows go through a model one by one and its logits a chunk of tokens at a time, so memory
+grows with one row and not with the held-out set. `evaluation.json` is written last: that it exists
+means that the evaluation is done.
 
-Several ranks have rows and prompts dealt out, each with a whole model: none is sharded here. Gradients,
-the check of all rows before and the files are the first rank's.
+Several ranks have rows and prompts dealt out, each with a whole model: none is sharded here.
+Gradients, the check of all rows before and the files are the first rank's.
 """
 
 import json
@@ -56,12 +57,9 @@ CLASS_NUMBERS = (
 
 
 def run(job: Job) -> StageResult:
-    """Measure every arm on the held-out rows.
+    """Measure every arm on the held-out rows, and write `evaluation.json`.
 
-    Write `evaluation.json` into the student's training run.
-
-    Raises:
-        UsageError: nothing is held out, or a student cannot read the held-out rows.
+    The file goes into the student's training run.
     """
     started = time.monotonic()
     store = open_store(job.recipe.storage.dir, job.recipe.storage.sources)

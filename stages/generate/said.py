@@ -1,8 +1,9 @@
-"""What an endpoint said of the tokens of its answer, as soft targets of the ids that these are; or why it is not.
+"""What an endpoint said of the tokens of its answer, as soft targets of the ids that these are.
 
-Where it gives ids, they are the row's. Else they are those of the answer's text, prompt and answer
-tokenized as one: then each name must be one that the id at its place can have. Of the other names at a
-place those are entries that only one id can have; the others are in the tail.
+Or it is said why it is not. Where the endpoint gives ids, they are the row's. Else the ids are
+those of the answer's text, prompt and answer tokenized as one: then each name must be one that the
+id at its place can have. Of the other names at a place those are entries that only one id can have;
+the others are in the tail.
 """
 
 from collections import Counter
@@ -149,7 +150,10 @@ class Alignment:
         return ids
 
     def _refuse_others(self, ids: Sequence[int], tokens: Sequence[Any]) -> list[bytes]:
-        """What each position begins inside of (`unfinished`), where all tokens have names that their ids can have."""
+        """What each position begins inside of (`unfinished`).
+
+        It is refused where a token has a name that its id cannot have.
+        """
         before, text = [b""], b""
         for n, ((name, *_), token) in enumerate(zip(tokens, ids, strict=False)):
             fits = name == token
@@ -173,7 +177,7 @@ class Alignment:
         return f"id {token} ({self._names.alone(token) if name is None else name!r})"
 
     def _gives_bytes(self, ids: Sequence[int], tokens: Sequence[Any]) -> bool:
-        """Whether the server gives the bytes of a token where what it decodes to alone is something else."""
+        """Whether the server gives the bytes of a token that alone decodes to something else."""
         told = {
             self._names.exact(token) == _bytes(name)
             for (name, *_), token in zip(tokens, ids, strict=True)
@@ -211,7 +215,8 @@ class Alignment:
             raise _fault(
                 f"position {n}: {len(listed)} entries, expected generate.keep.k, {self._kept.k}"
             )
-        # The token that is there may be listed though it is none of the best. Of names that are alike
+        # The token that is there may be listed though it is none of the best. Of names that are
+        # alike a server may leave out all but one, so that nothing is known of the others.
         # a server may leave out all but one, so that nothing is known of the others.
         own_names = (token, _hashable(one[0]))
         others = [value for name, value in listed if name not in own_names]
@@ -264,7 +269,7 @@ class Alignment:
 def _rounding(tokens: Sequence[Any]) -> float:
     """Nats that the numbers were rounded by, where all have few decimals.
 
-    0: they have as many as float32.
+    It is 0 where they have as many as float32.
     """
     numbers = np.array([value for one in tokens for value in (one[1], *one[2][1::2])], np.float64)
     for decimals in range(1, 8):

@@ -1,6 +1,6 @@
 """Stage `generate`: the author (usually the teacher) writes completions.
 
-Rows are committed as they finish.
+Its rows are committed as they finish.
 """
 
 from collections import Counter
@@ -152,7 +152,10 @@ class _Writing:
         share: Share[GenerationRequest],
         keeping: Callable[[dict[str, Any], "Bounded"], dict[str, Any]] | None,
     ) -> None:
-        """`keeping`: makes a row of soft targets of a generation's row and what it was drawn from."""
+        """Take `keeping`, which makes rows of soft targets.
+
+        It makes one of a generation's row and of what that was drawn from.
+        """
         self._job, self._keeping = job, keeping
         self._store = store
         self._share = share
@@ -233,7 +236,10 @@ class _Writing:
         self._share.add(rows, tokens=len(text.token_ids) - text.prompt_tokens)
 
     def _text(self, prompt: Text, completion: Completion) -> tuple[Completion, Text]:
-        """A completion as tokens, with the distributions that they were drawn from where these are kept."""
+        """A completion as tokens, with distributions where these are kept.
+
+        They are the distributions that the tokens were drawn from.
+        """
         if self._alignment is not None:
             completion = self._alignment.written(prompt, completion)
             self._misaligned = None
@@ -242,12 +248,9 @@ class _Writing:
         return completion, written(prompt, completion)
 
     def _refuse(self, request: GenerationRequest, error: RowError) -> None:
-        """An answer that makes no row.
+        """Reject a row for an answer that makes none.
 
-        Where none has log-probabilities of use, the endpoint is to blame.
-
-        Raises:
-            UsageError: so many have none that it does not pay to ask for more.
+        Where no answer has log-probabilities of use, the endpoint is to blame.
         """
         if error.reason != REASON or self._misaligned is None:
             self._share.refuse(request, error)
@@ -273,7 +276,10 @@ class _Writing:
         return {"soft_targets": [self._keeping(row, kept)] if kept else []}
 
     def requests(self) -> Iterator[Request]:
-        """Rendered requests, block by block, those of a block in the order of their lengths, as claims have it."""
+        """Give rendered requests, block by block, as claims have it.
+
+        Those of a block come in the order of their lengths.
+        """
         for claims, block in self._share.blocks():
             yield from self.rendered(block, claims=claims)
 

@@ -1,4 +1,7 @@
-"""Which samples of a step each rank takes: a function of the step alone, so every rank knows it of all."""
+"""Which samples of a step each rank takes.
+
+It is a function of the step alone, so every rank knows it of all.
+"""
 
 import heapq
 from collections.abc import Sequence

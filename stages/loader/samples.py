@@ -1,7 +1,7 @@
-"""The samples of a snapshot as training steps: whole samples, in an order that only the snapshot and the seed decide.
+"""The samples of a snapshot as training steps of whole samples.
 
-Where the reading stands is a `Cursor`, four integers; from any of them the same steps follow. No
-torch here.
+Only the snapshot and the seed decide the order. Where the reading stands is a `Cursor`, four
+integers; from any of them the same steps follow. No torch is imported here.
 """
 
 from collections.abc import Generator, Iterable, Iterator
@@ -70,7 +70,7 @@ class Sample:
     def of_teachers(self) -> list[tuple[int, SoftTargets]]:
         """Number of each of several teachers that has scored it, and the targets.
 
-        Without several, of the first.
+        Without several they are those of the first.
         """
         if self.targets is None:
             return []
@@ -129,7 +129,7 @@ class Lengths:
 class Samples:
     """The samples of a snapshot, in training order.
 
-    Numbered through all epochs, which follow one another.
+    They are numbered through all epochs, which follow one another.
     """
 
     def __init__(
@@ -259,11 +259,11 @@ def steps(
     stop_tokens: int | None = None,
     stop_samples: int | None = None,
 ) -> Generator[Step, None, None]:
-    """Steps from a cursor on: samples in order until the next one would exceed `tokens_per_step`, at least one.
+    """Give steps from a cursor on: samples in order until the next would exceed `tokens_per_step`.
 
-    Epochs follow one another without a seam. Ends before the first step that starts at
-    `stop_tokens` or more, and after
-    `stop_samples` samples of all epochs together.
+    A step has one sample at least. Epochs follow one another without a seam. Steps end before the
+    first one that starts at `stop_tokens` or more, and after `stop_samples` samples of all epochs
+    together.
     """
     held: list[Sample] = []
     with closing(_stream(samples, cursor, stop_samples)) as stream:

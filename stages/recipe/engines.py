@@ -34,8 +34,8 @@ class EngineKind:
     money."""
 
 
-# A recipe that names no engine gets the first one that is installed: `hf`, which needs nothing more,
-# ends the choice.
+# A recipe that names no engine gets the first one that is installed: `hf`, which needs nothing
+# more, ends the choice.
 ENGINES = (
     EngineKind(
         name="vllm",
@@ -62,9 +62,10 @@ ENGINES = (
 )
 _SHARDS = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
 ONLY_SPEED = frozenset(
-    "batch_size block_size data_parallel_size disable_log_stats distributed_executor_backend download_dir "
-    "enable_chunked_prefill enable_prefix_caching enforce_eager gpu_memory_utilization "
-    "max_num_batched_tokens max_num_seqs pipeline_parallel_size swap_space tensor_parallel_size".split()
+    "batch_size block_size data_parallel_size disable_log_stats distributed_executor_backend "
+    "download_dir enable_chunked_prefill enable_prefix_caching enforce_eager "
+    "gpu_memory_utilization max_num_batched_tokens max_num_seqs pipeline_parallel_size swap_space "
+    "tensor_parallel_size".split()
 )
 """Arguments that change how fast a model writes or how much it holds; any other may change what it
 writes."""
@@ -81,9 +82,10 @@ def gpus_of(arguments: Mapping[str, Any]) -> int:
 
 
 def lora_room(adapter: Mapping[str, Any]) -> int:
-    """The rank that vLLM must make room for, by an adapter's config: its largest, rounded up to one that vLLM has.
+    """The rank that vLLM must make room for, by an adapter's config.
 
-    It makes room for 16 where it is told nothing, and then refuses a larger one.
+    It is the adapter's largest rank, rounded up to one that vLLM has. vLLM makes room for 16 where
+    it is told nothing, and then refuses a larger one.
     """
     rank = max([adapter["r"], *(adapter.get("rank_pattern") or {}).values()])
     return next((room for room in LORA_RANKS if room >= rank), rank)
@@ -101,10 +103,12 @@ _OTHER_MODEL = frozenset(
     "model_weights hf_config_path hf_overrides config_format load_format model_loader_extra_config "
     "tokenizer_mode tokenizer_revision spec_model draft_model default_mm_loras".split()
 )
-# Fields of a request that are not for `engine_args`: how much is asked, of whom, and in which form it comes back.
+# Fields of a request that are not for `engine_args`: how much is asked, of whom, and in which form
+# it comes back.
 _OF_THE_BODY = frozenset(
-    "messages prompt tools n best_of echo stream stream_options max_tokens max_completion_tokens temperature "
-    "top_p stop seed logprobs top_logprobs return_token_ids api_key extra_headers extra_query timeout".split()
+    "messages prompt tools n best_of echo stream stream_options max_tokens max_completion_tokens "
+    "temperature top_p stop seed logprobs top_logprobs return_token_ids api_key extra_headers "
+    "extra_query timeout".split()
 )
 _ENDINGS = ("_cls", "_plugin", "_module_path")
 
@@ -163,7 +167,10 @@ def _mappings(value: Any) -> Iterator[Mapping[str, Any]]:
 
 
 def _names_code(name: str, value: Any) -> bool:
-    """A backend is one of the engine's own by a plain name, and a class of anybody's by a dotted one."""
+    """Whether a backend is somebody's own class, by its dotted name.
+
+    A plain name is one of the engine's own.
+    """
     return name.endswith("backend") and isinstance(value, str) and ("." in value or ":" in value)
 
 
@@ -262,5 +269,8 @@ class Generate(Section):
 
     @property
     def teaches(self) -> bool:
-        """Whether an endpoint says with the text what it drew it from: then it is the teacher of these rows."""
+        """Whether an endpoint says with the text what it drew it from.
+
+        Then it is the teacher of these rows.
+        """
         return self.remote and self.keep is not None

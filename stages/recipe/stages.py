@@ -1,9 +1,9 @@
-"""The stages in their order: what each one reads and fills, and how many processes of a machine do it.
+"""The stages in their order: what each one reads and fills, and how many processes do it.
 
-Plan, runner, worker and status ask this table.
+The processes are those of one machine. Plan, runner, worker and status ask this table.
 
-To add a stage: a row here, its folder under `stages/` with a `run(job)` in `stage.py`, and its
-line in `pipeline/plan/`.
+To add a stage: a row here, its folder under `stages/` with a `run(job)` in `stage.py`, and its line
+in `pipeline/plan/`.
 """
 
 from dataclasses import dataclass

@@ -1,6 +1,6 @@
 """Stage `score`: one forward pass of the teacher over prompt + completion.
 
-Soft targets at every completion position.
+It gives soft targets at every completion position.
 
 The same pass shows the features that the recipe names. Targets and features of a text are rows of
 two tables, which are committed each for itself: after a stop, what is missing is made.
@@ -151,7 +151,10 @@ def _claims(job: Job, teacher: Identity, store: Store) -> Claims:
 
 
 def batches(requests: list[TargetRequest], batch_tokens: int) -> Iterator[Batch]:
-    """Rows of like length that keep the same, at most `batch_tokens` and `BATCH_BYTES` together, padding counted."""
+    """Give batches of rows of like length that keep the same.
+
+    A batch has at most `batch_tokens` and `BATCH_BYTES`, padding counted.
+    """
     batch: Batch = []
     # Held-out rows may have the kind of the others and another k: a large vocabulary's reference.
     ordered = sorted(requests, key=lambda r: (r.kept.kind, r.kept.k, len(r.token_ids), r.reuse_key))

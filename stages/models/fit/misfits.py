@@ -98,7 +98,9 @@ def refuse_quantised(folder: Path, *, field: str, name: str) -> None:
 
 
 def refuse_shared_norms(folder: Path, processes: object) -> None:
-    """Refuse several processes for a student whose weights, or those it is like, are seen to have batch norms.
+    """Refuse several processes for a student that is seen to have batch norms.
+
+    They are seen in its weights, or in those that it is like.
 
     Args:
         folder: Of the model that it begins as, or of its teacher.

@@ -16,7 +16,8 @@ _OF_AN_ENDPOINT = (
 )
 
 _WITHOUT_EFFECT = frozenset(
-    "metadata priority prompt_cache_key request_id safety_identifier service_tier store user".split()
+    "metadata priority prompt_cache_key request_id safety_identifier service_tier store "
+    "user".split()
 )
 """Fields of a body that move no log-probability."""
 
@@ -106,9 +107,10 @@ def _budget(generate: Generate) -> Errors:
 
 
 def check_teaching(recipe: Recipe) -> Errors:
-    """What is wrong with `generate.keep` of an endpoint, whose log-probabilities become soft targets.
+    """What is wrong with `generate.keep` of an endpoint.
 
-    What it gives under other settings nobody here can tell: of the whole vocabulary, or after them.
+    Its log-probabilities become soft targets. What it gives under other settings nobody here can
+    tell: of the whole vocabulary, or after them.
     """
     generate, score, errors = recipe.generate, recipe.score, []
     if generate is None or generate.keep is None or not generate.teaches:
@@ -129,7 +131,10 @@ def check_teaching(recipe: Recipe) -> Errors:
         errors.append(("generate.stop", message))
     errors += [("generate.engine_args", why) for why in _moving(recipe, generate)]
     if recipe.data.turns == "all":
-        message = "keeps no distributions of a prompt's own turns, which data.turns: all scores. Remove one"
+        message = (
+            "keeps no distributions of a prompt's own turns, which data.turns: all scores. Remove "
+            "one"
+        )
         errors.append(("generate.keep", message))
     if recipe.several:
         message = (
@@ -138,7 +143,10 @@ def check_teaching(recipe: Recipe) -> Errors:
         )
         errors.append(("teachers", message))
     if recipe.student is not None and recipe.student.from_teacher_layers is not None:
-        message = "the teacher is behind an endpoint (generate.keep), and its layers are not here. Remove it"
+        message = (
+            "the teacher is behind an endpoint (generate.keep), and its layers are not here. "
+            "Remove it"
+        )
         errors.append(("student.from_teacher_layers", message))
     if score is None:
         message = (
@@ -158,7 +166,7 @@ def check_teaching(recipe: Recipe) -> Errors:
 
 
 def _moving(recipe: Recipe, generate: Generate) -> Iterator[str]:
-    """Arguments under which an answer is of another distribution, or of another prompt, than is written down."""
+    """Arguments by which an answer is of another distribution or prompt than is written down."""
     given = generate.engine_args.get("chat_template_kwargs", {})
     if given != recipe.data.chat_template_kwargs:
         yield (

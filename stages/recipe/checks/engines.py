@@ -1,4 +1,7 @@
-"""Whether the engines can do what the recipe asks: to read with vLLM, to keep distributions while writing."""
+"""Whether the engines can do what the recipe asks.
+
+It may ask to read with vLLM, or to keep distributions while writing.
+"""
 
 from ..engines import ENGINES
 from ..kinds import HF, VLLM, Score
@@ -62,7 +65,10 @@ def check_kept(recipe: Recipe) -> Errors:
         )
         errors.append((path, message))
     if recipe.data.turns == "all":
-        message = "keeps no distributions of a prompt's own turns, which data.turns: all scores. Remove one"
+        message = (
+            "keeps no distributions of a prompt's own turns, which data.turns: all scores. Remove "
+            "one"
+        )
         errors.append((path, message))
     if unfit := unfit_to_keep(score, generate.keep.k):
         errors.append((path, f"{unfit}, so the teacher would read every text again. {_MEND}"))
@@ -82,11 +88,17 @@ _MEND = "Set that, or remove generate.keep"
 def unfit_to_keep(score: Score, k: int) -> str:
     """Why what is kept serves no text of a recipe's `score`; empty: it does."""
     if "topk" not in (score.targets, *score.kind.served_by):
-        return f"keeps the best entries, and score.targets is {score.targets!r}, expected 'topk' or 'topp'"
+        return (
+            f"keeps the best entries, and score.targets is {score.targets!r}, expected 'topk' or "
+            "'topp'"
+        )
     if score.k > k:
         return f"k {k} is less than score.k {score.k}, expected as many or more"
     if set(score.temperatures) != {1.0}:
-        return f"keeps temperature 1 alone, and score.temperatures is {score.temperatures}, expected [1.0]"
+        return (
+            f"keeps temperature 1 alone, and score.temperatures is {score.temperatures}, expected "
+            "[1.0]"
+        )
     if score.features:
         return "keeps no features, and score.features asks for some, expected none"
     return ""

@@ -1,4 +1,7 @@
-"""The optimizer and the learning rate: AdamW that decays matrices only, and a schedule over tokens instead of steps."""
+"""The optimizer and the learning rate.
+
+AdamW decays matrices only, and the learning rate follows a schedule over tokens instead of steps.
+"""
 
 import math
 from collections.abc import Mapping
@@ -14,7 +17,7 @@ WSD_DECAY = 0.2  # share of all tokens in which `wsd` falls from the peak to the
 
 
 def make_optimizer(model: nn.Module, train: Train) -> torch.optim.AdamW:
-    """AdamW over the parameters that train.
+    """Make AdamW over the parameters that train.
 
     Norms and biases (fewer than two dimensions) do not decay.
 

@@ -50,7 +50,10 @@ class Claims:
     """One worker's view of who works on what."""
 
     def __init__(self, files: Files, stage: str, **work: Any) -> None:
-        """`work` is all that determines the planned requests and their order: others with the same work share it."""
+        """Take `work`, all that determines the planned requests and their order.
+
+        Others with the same work share it.
+        """
         self._files = files
         self._folder = f"claims/{stage}/{content_id('work', stage=stage, **work)}"
         self._worker = uuid.uuid4().hex
@@ -79,10 +82,9 @@ class Claims:
     ) -> Iterator[tuple[int, list[T]]]:
         """Claim one block after the other, until none has anything left.
 
-        How many had it before, and what is left.
-
-        Each block is chosen when the next is asked for. Where others are to be left alone with the
-        rest, it ends too, and `wait` says for how long; then it is called again.
+        It gives how many had a block before, and what is left of it. Each block is chosen when the
+        next is asked for. Where others are to be left alone with the rest, it ends too, and `wait`
+        says for how long; then it is called again.
 
         Args:
             pending: The blocks that have work.
@@ -111,7 +113,10 @@ class Claims:
                 self._block_seconds = time.monotonic() - began
 
     def _taken(self, number: int, fewest: int, left: Callable[[int], list[T]]) -> list[T]:
-        """What is left of a block with so few claims that this worker has claimed now, if it has one."""
+        """What is left of a block that this worker claims now, if it has one.
+
+        The block is one with so few claims.
+        """
         assert self._parts is not None
         part, requests = self._parts[number], list[T]()
         self._see(number)
@@ -150,7 +155,10 @@ class Claims:
         return True
 
     def _in_parts(self, pending: Iterable[int]) -> dict[int, "_Part"]:
-        """Blocks that have work, by the beginning of their names, in an order of this worker's own."""
+        """Blocks that have work, by the beginning of their names.
+
+        They are in an order of this worker's own.
+        """
         parts: dict[int, _Part] = {}
         for block in pending:
             parts.setdefault(block // TOGETHER, _Part()).open.add(block)

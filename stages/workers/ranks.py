@@ -1,7 +1,8 @@
-"""The ranks of a stage: processes that do one piece of work together, and what they tell one another.
+"""The ranks of a stage: processes that do one piece of work together.
 
-Who is who stands in the environment, by the names that torchrun sets and that `run` sets too. One
-process alone is a rank as well: then nothing is sent, and torch.distributed is not opened.
+Here is also what they tell one another. Who is who stands in the environment, by the names that
+torchrun sets and that `run` sets too. One process alone is a rank as well: then nothing is sent,
+and torch.distributed is not opened.
 """
 
 import json
@@ -128,7 +129,7 @@ class Ranks:
     def lost(self, error: Exception) -> str | None:
         """What to say of an error that only means that another rank is gone or hangs.
 
-        None: it means something else.
+        It is None where the error means something else.
         """
         if self.count == 1:
             return None
@@ -188,7 +189,10 @@ class Ranks:
         return told[0]
 
     def told_in_time(self, what: Any = None) -> Any:
-        """What the first rank has, as JSON, however long it takes to make it: nobody waits in a collective."""
+        """What the first rank has, as JSON, however long it takes to make it.
+
+        Nobody waits in a collective.
+        """
         if self._store is None:
             return what
         self._papers += 1
@@ -242,7 +246,10 @@ class Ranks:
         return found["found"]
 
     def heard(self) -> None:
-        """Wait a little until all have read what was told last: the store may end with this process."""
+        """Wait a little until all have read what was told last.
+
+        The store may end with this process.
+        """
         deadline = time.monotonic() + _SPEAK_SECONDS
         while self._store is not None and time.monotonic() < deadline:
             if self._store.add(f"paper-{self._papers}-read", 0) == self.count - 1:

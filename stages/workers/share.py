@@ -1,6 +1,7 @@
-"""One worker's share of a stage's requests: claimed block by block, noted while in flight, done once.
+"""One worker's share of a stage's requests.
 
-What others committed meanwhile is left out, before a request is started and while it runs.
+It is claimed block by block, noted while in flight, and done once. What others committed meanwhile
+is left out, before a request is started and while it runs.
 """
 
 import time
@@ -147,9 +148,9 @@ class Share(Generic[R]):
         self._pending = self.work.pending
 
     def rounds(self) -> Iterator[None]:
-        """Once, and then again as long as `blocks` has left work to others: it waits until they may need help.
+        """Go once, and then again as long as `blocks` has left work to others.
 
-        Nothing is in flight between two rounds.
+        It waits until they may need help. Nothing is in flight between two rounds.
         """
         yield
         while (wait := self.work.claims.wait) is not None:
@@ -175,7 +176,10 @@ class Share(Generic[R]):
         self._exhausted = True
 
     def one_by_one(self) -> Iterator[R]:
-        """At the end: requests that may kill the engine, each when all that was done before it is committed."""
+        """Requests that may kill the engine, at the end.
+
+        Each is given when all that was done before it is committed.
+        """
         for request in self._killers.values():
             message = "the engine's process died each time, with this row alone in the end"
             self.fail(request, RowError("engine_died", message), 0)
@@ -312,7 +316,10 @@ class Share(Generic[R]):
         return all(self.tables[table].committed(key) for table in wanted for key in wanted[table])
 
     def _again(self, blocks: set[int]) -> list[int]:
-        """Which blocks have work still: the books know it of all at once, where a worker asks for each row."""
+        """Which blocks have work still.
+
+        The books know it of all at once, where a worker asks for each row.
+        """
         self._look(True)
         before = self._pending.count(blocks)
         self._pending = self.work.again()

@@ -105,9 +105,8 @@ class Files(Protocol):
     def names(self, folder: str, prefix: str = "") -> list[str]:
         """Names of the files in a folder that begin with a prefix, sorted.
 
-        None if the folder is not there.
-
-        Temporary files are left out. An object store lists no others than those.
+        There are none if the folder is not there. Temporary files are left out. An object store
+        lists no others than those.
         """
 
     def walk(self, folder: str = "") -> Iterator[tuple[str, int, float]]:

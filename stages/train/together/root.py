@@ -29,7 +29,10 @@ class Root(nn.Module):
     """Around the student; what it is called with sees the weights of the root's group whole."""
 
     def __init__(self, student: nn.Module, *, keeps: bool = True) -> None:
-        """`keeps`: gradients of a step's passes are kept whole until the last one, and sent once."""
+        """Go around a student.
+
+        `keeps`: gradients of a step's passes are kept whole until the last one, and sent once.
+        """
         super().__init__()
         self.student, self.keeps = student, keeps
 
@@ -125,15 +128,18 @@ def loss_of(
 
 
 def reshard(root: Root | None) -> None:
-    """Let go of the weights that a pass without gradients left whole: they are kept for a backward pass."""
+    """Let go of the weights that a pass without gradients left whole.
+
+    They are kept whole for a backward pass.
+    """
     if root is not None:
         _module(root).reshard()
 
 
 def whole_state(student: nn.Module) -> dict[str, Any]:
-    """What trains of a sharded student, and its averages, whole and on the CPU: on the first rank.
+    """What trains of a sharded student, and its averages, whole and on the CPU.
 
-    All ranks ask.
+    The first rank has it, and all ranks ask for it.
     """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
     found: dict[str, Any] = get_model_state_dict(student, options=options)
@@ -141,7 +147,10 @@ def whole_state(student: nn.Module) -> dict[str, Any]:
 
 
 def synchronise(root: Root, last: bool) -> None:
-    """Say whether the pass to come is the last of a step: gradients of all passes may be sent then, together."""
+    """Say whether the pass to come is the last of a step.
+
+    Gradients of all passes may be sent then, together.
+    """
     module, sends = _module(root), last or not root.keeps
     module.set_requires_gradient_sync(sends)
     module.set_is_last_backward(sends)

@@ -1,7 +1,8 @@
-"""How large passes may be, after a rank of a sharded student ran out of memory: a file in the run's folder.
+"""How large passes may be after a rank of a sharded student ran out of memory.
 
-The others wait for that rank inside a collective. So it writes the size and
-dies, whoever started the ranks starts all of them again, and they go on from the last checkpoint.
+The size is in a file in the run's folder. The others wait for that rank inside a collective. So it
+writes the size and dies, whoever started the ranks starts all of them again, and they go on from
+the last checkpoint.
 """
 
 from ....storage.bounds import integer

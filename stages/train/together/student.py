@@ -1,4 +1,7 @@
-"""The student as a training begins: on its device, whole or sharded, and how its samples become passes."""
+"""The student as a training begins: on its device, whole or sharded.
+
+It is also said here how its samples become passes.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -26,7 +29,9 @@ from .smaller import smaller
 def placed(
     job: Job, teacher_dir: Path, *, device: torch.device, dtype: torch.dtype
 ) -> tuple[Any, Root | None]:
-    """The student as it begins, on its device: all of it, or this rank's part with what is around it.
+    """The student as it begins, on its device.
+
+    It is all of it, or this rank's part with what is around it.
 
     Args:
         job: Its recipe, and its ranks.

@@ -109,7 +109,10 @@ def statements(node: ast.AST, *, functions: bool) -> Iterator[ast.AST]:
 
 @cache
 def ours(path: Path, *, at_import_time: bool = False) -> frozenset[Path]:
-    """Our own files that a module imports: a name in a file counts as the file, a package as its `__init__`."""
+    """Our own files that a module imports.
+
+    A name in a file counts as the file, a package as its `__init__`.
+    """
     found = set()
     for name in imports(path, at_import_time=at_import_time):
         parts = name.split(".")
@@ -264,10 +267,10 @@ def test_duckdb_is_imported_in_two_files_at_most():
 
 
 def test_names_appear_on_disk_in_one_room_only():
-    """What makes a file visible under its final name, by any spelling (`replace` alone is a method of str too).
+    """What makes a file visible under its final name stands in one room only, by any spelling.
 
-    A finished student is a folder, which no put-if-absent can make; it moves to its name in one
-    file as well.
+    `replace` alone is a method of str too. A finished student is a folder, which no put-if-absent
+    can make; it moves to its name in one file as well.
     """
     moving = []
     for path in MODULES:

@@ -106,7 +106,8 @@ def ray_data(folder: Path, address: str) -> None:
         checkpoint_path=str(folder / "checkpoint"),
         delete_checkpoint_on_success=False,
     )
-    # It reads so little as one block, whatever `override_num_blocks` says, and one actor has all the work.
+    # It reads so little as one block, whatever `override_num_blocks` says, and one actor has all
+    # the work.
     rows = ray.data.read_parquet(str(folder / "prompts")).repartition(BLOCKS)
     written = rows.map_batches(
         Writing,

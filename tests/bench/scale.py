@@ -188,7 +188,10 @@ class Stored(ObjectFiles):
 
 
 class Keys:
-    """In place of a `KeySet`: all logs have the same keys in the same order, so how many says which."""
+    """In place of a `KeySet`: all logs have the same keys in the same order.
+
+    So how many there are says which.
+    """
 
     order: ClassVar[dict[bytes, int]] = {}
 
@@ -402,7 +405,10 @@ def simulated(world: World) -> Iterator[None]:
 
 
 def asked_for(made: int) -> dict[str, Any]:
-    """Requests of plan, segments and snapshot of a store of so many commits, by real code on real shards."""
+    """Requests of plan, segments and snapshot of a store of so many commits.
+
+    Real code makes them, on real shards.
+    """
     bucket = Bucket(0.0, 0.0)
     found: dict[str, Any] = {"commits": made}
     with TemporaryDirectory() as folder:

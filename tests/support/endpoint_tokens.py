@@ -1,7 +1,7 @@
-"""A made-up teacher behind the scripted endpoint: a byte-level tokenizer, and what it says of its tokens, in each form.
+"""A made-up teacher behind the scripted endpoint: a byte-level tokenizer, and its tokens.
 
-Its distribution at a place is a softmax over the whole vocabulary that follows from the tokens before,
-so a test knows all of it.
+It says something of its tokens in each form. Its distribution at a place is a softmax over the
+whole vocabulary that follows from the tokens before, so a test knows all of it.
 """
 
 import zlib
@@ -66,7 +66,10 @@ def tokens_of(prompt: str, text: str, *, ended: bool = True) -> tuple[list[int],
 
 
 def teacher_says(before: Sequence[int]) -> np.ndarray:
-    """[V] float64 log-probabilities of what follows some tokens: much the same everywhere, so it can be learnt."""
+    """[V] float64 log-probabilities of what follows some tokens.
+
+    They are much the same everywhere, so they can be learnt.
+    """
     seed = zlib.crc32(np.array(before, np.int32).tobytes())
     logits = np.random.default_rng(0).normal(0.0, 2.0, VOCABULARY)
     logits += np.random.default_rng(seed).normal(0.0, 0.5, VOCABULARY)

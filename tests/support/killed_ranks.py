@@ -1,4 +1,7 @@
-"""Trainings whose ranks are killed with SIGKILL at a moment drawn, and which go on by another number of ranks."""
+"""Trainings whose ranks are killed with SIGKILL at a moment drawn.
+
+They go on by another number of ranks.
+"""
 
 import json
 import os

@@ -1,4 +1,7 @@
-"""A training whose gradients are made up, sharded in any way: what its checkpoints hold is known bit for bit."""
+"""A training whose gradients are made up, sharded in any way.
+
+What its checkpoints hold is known bit for bit.
+"""
 
 import json
 import os
@@ -50,7 +53,10 @@ class Block(nn.Module):
 
 
 def trainer_of(ranks: Ranks, how: str) -> Trainer:
-    """`how`: alone or replicated (`ddp`: what a checkpoint sees of it is the same on all ranks), or `fsdp2`."""
+    """Make a trainer as `how` says: alone, replicated or `fsdp2`.
+
+    Replicated is `ddp`: what a checkpoint sees of it is the same on all ranks.
+    """
     model, root = Student(), None
     if how == "fsdp2":
         for block in model.blocks:

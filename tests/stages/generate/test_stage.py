@@ -1,4 +1,7 @@
-"""Engines: greedy text equals transformers' own, a row's text is its own, sampling is from the right distribution."""
+"""Engines: greedy text equals transformers' own, and a row's text is its own.
+
+Sampling is from the right distribution.
+"""
 
 import json
 import shutil
@@ -200,7 +203,10 @@ def test_ids_end_where_the_text_ends(
 def test_noise_per_row_draws_from_the_models_distribution(
     tiny_llama: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """1,500 first tokens against the probabilities, within 4.5 standard deviations for every token."""
+    """1,500 first tokens are held against the probabilities.
+
+    Every token is within 4.5 standard deviations.
+    """
     from transformers import AutoModelForCausalLM
 
     folder = tiny_llama(initializer_range=1.0)
@@ -414,7 +420,10 @@ def test_arguments_that_hf_does_not_know_are_refused(
 
 
 def idle_vllm(steps: list[list[object]]) -> tuple[VllmEngine, list[str]]:
-    """A VllmEngine on an engine that takes nothing, or works for some steps; and what was called on it."""
+    """A VllmEngine on an engine that takes nothing, or works for some steps.
+
+    What was called on it comes with it.
+    """
     calls: list[str] = []
 
     def step() -> list[object]:

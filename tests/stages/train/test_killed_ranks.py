@@ -1,4 +1,4 @@
-"""Ranks that are killed: the training goes on with another number of them, as if nothing had been."""
+"""Ranks are killed, and the training goes on with another number of them as if nothing had been."""
 
 from pathlib import Path
 

@@ -1,4 +1,7 @@
-"""Several ranks train as one does: losses, batches, students; and what would be silently wrong is seen."""
+"""Several ranks train as one does: losses, batches, students.
+
+What would be silently wrong is seen.
+"""
 
 import random
 from itertools import chain

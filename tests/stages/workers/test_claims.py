@@ -1,4 +1,7 @@
-"""Claims: workers spread over the blocks, come back to each other's last, and never rest on what a claim says."""
+"""Claims: workers spread over the blocks, and come back to each other's last.
+
+They never rest on what a claim says.
+"""
 
 import random
 from collections import Counter

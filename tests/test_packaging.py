@@ -114,8 +114,8 @@ def test_holds_exactly_the_face_and_the_three_floors(wheel):
 def test_the_sdist_holds_what_a_wheel_is_made_of(built):
     with tarfile.open(next(built.glob("*.tar.gz"))) as archive:
         names = {PurePosixPath(name).parts[1] for name in archive.getnames() if "/" in name}
-    # setuptools adds `tests/test*.py` by itself, and a manifest that forbids it has no place at the
-    # top.
+    # setuptools adds `tests/test*.py` by itself.
+    # A manifest that forbids it has no place at the top.
     made = {"PKG-INFO", "setup.cfg", "stillroom.egg-info", "tests"}
     assert names == {*FACE, *BESIDE, *FLOORS, *made}
 

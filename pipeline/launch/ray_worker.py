@@ -11,8 +11,8 @@ import threading
 from collections.abc import Mapping, Sequence
 
 # The kernel sends a process this signal when the thread that started it ends, however it ends: an
-# actor that is killed leaves no worker behind on its GPUs. (1 is PR_SET_PDEATHSIG, which exec
-# keeps.)
+# actor that is killed leaves no worker behind on its GPUs.
+# (1 is PR_SET_PDEATHSIG, which exec keeps.)
 _TIED = (
     "import ctypes, os, signal, sys; ctypes.CDLL(None).prctl(1, signal.SIGTERM); "
     "os.getppid() == int(sys.argv[1]) and os.execvp(sys.argv[2], sys.argv[2:])"

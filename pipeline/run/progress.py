@@ -94,8 +94,8 @@ def together(meters: Sequence[Meter]) -> Meter:
     counting = [meter for meter in meters if meter.counts]
     if len(meters) == 1 or not counting:
         return replace(meters[0], workers=len(meters))
-    # What each did itself since the first one looked into the store: at least what one of them
-    # found there.
+    # What each did itself since the first one looked into the store:
+    # at least what one of them found there.
     own = sum(meter.done - meter.first - meter.others for meter in counting)
     first, total = (min(m.first for m in counting), max(m.total for m in counting))
     done = max(first + own, *(meter.done for meter in counting))

@@ -336,8 +336,8 @@ class Tally:
         Their total over the number of tokens is that measure.
         """
         if name == "ece":
-            # |gap| is sign * gap: each unit's part of it, which is linear in the units while no
-            # sign turns.
+            # |gap| is sign * gap: each unit's part of it.
+            # That is linear in the units while no sign turns.
             # Units stand in the order of their counts, which `_mean` pairs these with.
             bins = np.stack([self._bins[unit] for unit in self._counts if unit in self._bins])
             gaps = bins[..., _CORRECT] - bins[..., _CONFIDENCE]

@@ -103,8 +103,8 @@ _OTHER_MODEL = frozenset(
     "model_weights hf_config_path hf_overrides config_format load_format model_loader_extra_config "
     "tokenizer_mode tokenizer_revision spec_model draft_model default_mm_loras".split()
 )
-# Fields of a request that are not for `engine_args`: how much is asked, of whom, and in which form
-# it comes back.
+# Fields of a request that are not for `engine_args`:
+# how much is asked, of whom, and in which form it comes back.
 _OF_THE_BODY = frozenset(
     "messages prompt tools n best_of echo stream stream_options max_tokens max_completion_tokens "
     "temperature top_p stop seed logprobs top_logprobs return_token_ids api_key extra_headers "

@@ -289,8 +289,8 @@ class Run:
     ) -> None:
         """Bring the record up to the end of a step, and show it."""
         record, meter = self._record, self._meter
-        # The curve has about HISTORY_POINTS points, evenly over the tokens: one where a slot
-        # begins.
+        # The curve has about HISTORY_POINTS points, evenly over the tokens.
+        # There is one where a slot begins.
         before, after = (
             min(cursor.tokens, self._total) * (HISTORY_POINTS - 1) // self._total
             for cursor in (record.cursor, step.after)

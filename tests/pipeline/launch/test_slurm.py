@@ -13,8 +13,8 @@ import pytest
 from kit import last_json, prompts, stillroom, write_jsonl, write_recipe
 from running import until
 
-# Each call is a line of JSON in $CALLS: the program's name and its words. Python does as $DOES
-# says.
+# Each call is a line of JSON in $CALLS: the program's name and its words.
+# Python does as $DOES says.
 STUB = """#!{python}
 import json, os, signal, sys, time
 name, words = os.path.basename(sys.argv[0]), sys.argv[1:]

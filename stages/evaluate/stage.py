@@ -1,9 +1,9 @@
-"""Stage `evaluate`: teacher and students on the same held-out tokens, one model at a time.
+"""Stage `evaluate`: teacher and students on the same held-out tokens.
 
-One model is in memory at a time. The teacher is never loaded: its numbers come from the stored
-targets. Rows go through a model one by one and its logits a chunk of tokens at a time, so memory
-grows with one row and not with the held-out set. `evaluation.json` is written last: that it exists
-means that the evaluation is done.
+The teacher is never loaded: its numbers come from the stored targets. Only one model is in memory.
+Rows go through it one by one and its logits a chunk of tokens at a time, so memory grows with one
+row and not with the held-out set. `evaluation.json` is written last: that it exists means that the
+evaluation is done.
 
 Several ranks have rows and prompts dealt out, each with a whole model: none is sharded here.
 Gradients, the check of all rows before and the files are the first rank's.

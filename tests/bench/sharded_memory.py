@@ -2,7 +2,7 @@
 
     python tests/bench/sharded_memory.py [--tiny] [--ranks N] [--steps N]
 
-The formula decides whether a student is sharded. A fresh student of 0.3B parameters (20 blocks, V =
+A fresh student of 0.3B parameters (20 blocks, V =
 32,768, untied, float32) is under FSDP2 on ranks of one CPU, gloo. Each step has a sample of 128
 tokens for each rank, all but the first scored, cross-entropy. Measured is the most that a process
 has resident during the steps, less what it had with a student of a hundredth of that size, trained

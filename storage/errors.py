@@ -64,8 +64,8 @@ class Noticed(Stopped):
 
     def __init__(self) -> None:
         super().__init__(
-            "stopped by the scheduler's notice (SIGTERM); what is finished is kept. Exit code 75 asks "
-            "it to start the same command again."
+            "stopped by the scheduler's notice (SIGTERM); what is finished is kept. Exit code 75 "
+            "asks it to start the same command again."
         )
 
 

@@ -1,4 +1,7 @@
-"""The house rules that imports can show: floors, rooms, sizes; heavy libraries in few files, inside functions."""
+"""The house rules that imports can show: floors, rooms, sizes.
+
+Heavy libraries in few files, inside functions.
+"""
 
 import ast
 import re
@@ -90,7 +93,10 @@ def _imports(path: Path, at_import_time: bool) -> Iterator[str]:
 
 
 def statements(node: ast.AST, *, functions: bool) -> Iterator[ast.AST]:
-    """Every statement below a node; without `functions`, only what runs when the module is imported."""
+    """Every statement below a node.
+
+    Without `functions`, only what runs when the module is imported.
+    """
     for child in ast.iter_child_nodes(node):
         if not functions:
             if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
@@ -103,7 +109,10 @@ def statements(node: ast.AST, *, functions: bool) -> Iterator[ast.AST]:
 
 @cache
 def ours(path: Path, *, at_import_time: bool = False) -> frozenset[Path]:
-    """Our own files that a module imports: a name in a file counts as the file, a package as its `__init__`."""
+    """Our own files that a module imports.
+
+    A name in a file counts as the file, a package as its `__init__`.
+    """
     found = set()
     for name in imports(path, at_import_time=at_import_time):
         parts = name.split(".")
@@ -121,7 +130,10 @@ def ours(path: Path, *, at_import_time: bool = False) -> frozenset[Path]:
 
 
 def room(path: Path) -> str:
-    """`stages/losses` of a file in a room of a floor; files that lie on the floor itself are rooms of their own."""
+    """`stages/losses` of a file in a room of a floor.
+
+    Files that lie on the floor itself are rooms of their own.
+    """
     return "/".join(path.relative_to(ROOT).with_suffix("").parts[:2])
 
 
@@ -255,10 +267,10 @@ def test_duckdb_is_imported_in_two_files_at_most():
 
 
 def test_names_appear_on_disk_in_one_room_only():
-    """What makes a file visible under its final name, by any spelling (`replace` alone is a method of str too).
+    """What makes a file visible under its final name stands in one room only, by any spelling.
 
-    A finished student is a folder, which no put-if-absent can make; it moves to its name in one
-    file as well.
+    `replace` alone is a method of str too. A finished student is a folder, which no put-if-absent
+    can make; it moves to its name in one file as well.
     """
     moving = []
     for path in MODULES:
@@ -333,7 +345,10 @@ _DATA_ALONE = ("PeftModel", "GenerationConfig")
 
 
 def test_who_loads_a_model_says_whether_its_code_may_run() -> None:
-    """Explicitly, in every call; `LLM` takes it among the arguments that were gathered before it."""
+    """Explicitly, in every call.
+
+    `LLM` takes it among the arguments that were gathered before it.
+    """
     silent = []
     for module in MODULES:
         text = module.read_text()

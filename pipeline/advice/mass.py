@@ -1,7 +1,8 @@
-"""How much of the teacher the recipe's entries hold, and how many would hold enough, measured on stored rows.
+"""Mass of the teacher that the recipe's entries hold, measured on stored rows, and K for enough.
 
-Held-out rows are stored whole (above a vocabulary of 65,536 their 4,096 best ids), whatever the recipe
-keeps of the others. So of any K their first positions say what it would hold: nothing is extrapolated.
+Held-out rows are stored whole, whatever the recipe keeps of the others (above a vocabulary of
+65,536 their 4,096 best ids are stored). So of any K their first positions say what it would hold:
+nothing is extrapolated.
 """
 
 from typing import Any
@@ -16,8 +17,9 @@ from ...storage.tables.soft_targets import SoftTargets
 from .table import ENOUGH_MASS
 
 ROWS, VALUES = 1_024, 1 << 23
-"""Looked at, at most: rows, and log-probabilities of all their positions together, which a second sorts. The
-mean mass of 2,048 positions is about 0.01 off, of the 128 that a vocabulary of 65,536 leaves 0.04."""
+"""Looked at, at most: rows, and log-probabilities of all their positions together, which a second
+sorts. The mean mass of 2,048 positions is about 0.01 off, of the 128 that a vocabulary of 65,536
+leaves 0.04."""
 _COLUMNS = (
     "kind",
     "k",
@@ -39,8 +41,8 @@ def held_mass(store: Store, held_out: Snapshot, kept: Kept) -> dict[str, Any] | 
         kept: What the recipe keeps; of targets without a tail nothing is said.
 
     Returns:
-        `entries` and `mass` of a position; `enough`, the entries that would hold `ENOUGH_MASS` (None:
-        more than are stored); `positions`, how many were looked at. None: no row tells.
+        `entries` and `mass` of a position; `enough`, the entries that would hold `ENOUGH_MASS`
+        (None: more than are stored); `positions`, how many were looked at. None: no row tells.
     """
     if held_out.table != "soft_targets" or not kept.structure.has_tail:
         return None
@@ -62,7 +64,10 @@ def held_mass(store: Store, held_out: Snapshot, kept: Kept) -> dict[str, Any] | 
 
 
 def _best(store: Store, held_out: Snapshot) -> np.ndarray | None:
-    """[n, m] mass that the best 1, 2, ... m ids hold, of the first positions; m is the fewest that a row has."""
+    """[n, m] mass that the best 1, 2, ... m ids hold, at the first positions.
+
+    The number m is the fewest that a row has.
+    """
     found: list[np.ndarray] = []
     shard = held_out.shards[0]
     rows = store.rows(held_out.table, {shard.sha256: shard.rows[:ROWS]}, _COLUMNS)

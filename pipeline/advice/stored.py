@@ -1,4 +1,7 @@
-"""Advice on what the stages have stored: the mass that a recipe keeps of its teacher, and rows that were rejected."""
+"""Advice on what the stages have stored.
+
+It is on the mass that a recipe keeps of its teacher, and on rows that were rejected.
+"""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -40,7 +43,10 @@ def _mass(
 
 
 def _of_shards(stage: Mapping[str, Any], score: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What the shards of this kind say of themselves; None: some have more entries than the recipe takes."""
+    """What the shards of this kind say of themselves.
+
+    It is None where some have more entries than the recipe takes.
+    """
     if not STRUCTURES[score["targets"]].has_tail:
         return None
     kept = (stage.get("kept") or {}).get(score["targets"])
@@ -50,7 +56,10 @@ def _of_shards(stage: Mapping[str, Any], score: Mapping[str, Any]) -> dict[str, 
 
 
 def _more(score: Mapping[str, Any], enough: int | None, *, drawn: bool) -> str:
-    """What holds more: draws, whose mean is the teacher itself, where the divergence takes them; more entries."""
+    """What holds more: more entries, or draws where the divergence takes them.
+
+    The mean of draws is the teacher itself.
+    """
     found = ["score.targets: sampled, which has the whole teacher as its mean"] if drawn else []
     if enough is not None and enough > score["k"]:
         more = f"score.k: {_rounded_up(enough)}"

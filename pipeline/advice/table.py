@@ -8,30 +8,32 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 ENOUGH_MASS = 0.9
-"""Below it more than a tenth of the teacher is told as one number per token, or not at all: at 0.84 kept
-a student got 86 % of what the whole distribution teaches, at 0.68 54 % (tests/bench/results/targets)."""
+"""Below it more than a tenth of the teacher is told as one number per token, or not at all: at 0.84
+kept a student got 86 % of what the whole distribution teaches, at 0.68 54 %
+(tests/bench/results/targets)."""
 MOST_DEGREES = 45.0
-"""The cosine of 45 degrees is 0.71: beyond it less than 71 % of a step goes where the whole distribution
-leads."""
+"""The cosine of 45 degrees is 0.71: beyond it less than 71 % of a step goes where the whole
+distribution leads."""
 FAST_FALL = 0.03
-"""From one tenth of the training to the next: so falls a loss that goes as tokens to the power -0.27, which
-loses 17 % with twice the tokens."""
+"""From one tenth of the training to the next: so falls a loss that goes as tokens to the power
+-0.27, which loses 17 % with twice the tokens."""
 SPIKE = 10.0
-"""Times the median of the norms around it. Batches differ by a factor of two or three; clipping takes the
-length of a step, and not its direction, back."""
+"""Times the median of the norms around it. Batches differ by a factor of two or three; clipping
+takes the length of a step, and not its direction, back."""
 RISE = 0.1
-"""Above the loss of the first step, once the learning rate has warmed up: noise of batches is smaller, and
-a student should by then be better than it began."""
+"""Above the loss of the first step, once the learning rate has warmed up: noise of batches is
+smaller, and a student should by then be better than it began."""
 NO_MOVE = 0.01
-"""Of the loss of the first steps, in the first quarter of the training: what falls less may as well be
-noise."""
+"""Of the loss of the first steps, in the first quarter of the training: what falls less may as well
+be noise."""
 MOST_REJECTED = 0.01
-"""Of the rows of a stage: more is rarely chance, and what is missing is of one kind (the long ones, say)."""
+"""Of the rows of a stage: more is rarely chance, and what is missing is of one kind (the long ones,
+say)."""
 CLEAR = 2.0
 """Standard errors from which on a difference is told from none (95 of 100 times)."""
 RESOLVED = 0.05
-"""Of the baseline's distance to the teacher: a smaller difference is rarely worth a training, a larger one
-should be seen."""
+"""Of the baseline's distance to the teacher: a smaller difference is rarely worth a training, a
+larger one should be seen."""
 LEAST_POINTS = 30
 """Of a curve: with fewer nothing is said of its ends."""
 
@@ -83,8 +85,8 @@ RULES = {
         "Set {remedy}",
     ),
     "still_falling": Rule(
-        "the loss fell by {fall} from the tenth before the last tenth of the training to the last, to "
-        "{loss}",
+        "the loss fell by {fall} from the tenth before the last tenth of the training to the "
+        "last, to {loss}",
         "It had not come to rest: more of the same training brings more",
         "Set train.{length}",
     ),
@@ -99,18 +101,20 @@ RULES = {
         "Set train.learning_rate: {rate}, a third of what it was",
     ),
     "rate_too_low": Rule(
-        "the loss went from {first} to {loss} in the first {tokens} tokens, a quarter of the training",
+        "the loss went from {first} to {loss} in the first {tokens} tokens, a quarter of the "
+        "training",
         "Steps this small, or a student that has nothing left to learn, teach nothing",
         "Set train.learning_rate: {rate}, three times what it was",
     ),
     "worse": Rule(
-        "{measure} is {gap} nats worse than that of {other} ({value} against {against}, standard error {error})",
+        "{measure} is {gap} nats worse than that of {other} ({value} against {against}, standard "
+        "error {error})",
         "What the targets add is less than what they take away",
         "Set train.learning_rate: {rate}, a third of what it was, for both",
     ),
     "too_few_tokens": Rule(
-        "on {tokens} held-out tokens a difference in {measure} to {other} shows from {visible} on, and it is "
-        "{gap}",
+        "on {tokens} held-out tokens a difference in {measure} to {other} shows from {visible} on, "
+        "and it is {gap}",
         "So it is not known which of them is better: {visible} is {share} of what {other} is off",
         "Hold out {times} as much: {remedy}",
     ),

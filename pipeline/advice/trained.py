@@ -33,7 +33,10 @@ def trained(
 
 
 def _losses(history: Sequence[Mapping[str, Any]]) -> list[tuple[int, float]]:
-    """(tokens, loss) along the training; where what was minimised itself moved, of a part that did not."""
+    """(tokens, loss) along the training.
+
+    Where what was minimised itself moved, the loss is that of a part which did not move.
+    """
     moving = history[0].keys() if history else ()
     name = "loss"
     if "soft_weight" in moving or "hard_weight" in moving:

@@ -1,4 +1,7 @@
-"""`verify --deep`: finding the teacher whose rows are read again, and what was found, for people and for programs."""
+"""`verify --deep` finds the teacher whose rows are read again, and tells what was found.
+
+It is told for people and for programs.
+"""
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
@@ -34,14 +37,17 @@ class DeepRequest:
     """None: as the checkpoint is stored, or as a teacher of the store had it."""
     adapter: str | None = None
     quantize: str | None = None
-    """How its float weights are quantised while they are loaded; None: as a teacher of the store had it."""
+    """How its float weights are quantised while they are loaded; None: as a teacher of the store
+    had it."""
     device_map: str | None = None
     rows: int = 32
     seed: int = 0
 
 
 def deeply(teacher: str | None, **how: Any) -> DeepRequest:
-    """The options of a command line; `teacher` is None where `--deep` and `--teacher` do not come together.
+    """The options of a command line.
+
+    `teacher` is None where `--deep` and `--teacher` do not come together.
 
     Raises:
         UsageError: they do not, or there is no such dtype or quantisation.
@@ -58,7 +64,8 @@ def deeply(teacher: str | None, **how: Any) -> DeepRequest:
         )
     if how.get("quantize") not in (None, *WHILE_LOADING):
         raise UsageError(
-            f"--quantize: {how['quantize']} is none. Use {', '.join(WHILE_LOADING)}, or leave it out."
+            f"--quantize: {how['quantize']} is none. Use {', '.join(WHILE_LOADING)}, or leave it "
+            "out."
         )
     return DeepRequest(teacher=teacher, **how)
 
@@ -98,7 +105,10 @@ def find_teacher(store: Store, asked: DeepRequest) -> Identity:
 
 
 def _how_loaded(known: Iterable[dict[str, Any]], asked: DeepRequest) -> list[dict[str, Any]]:
-    """Dtype and quantisation to be tried, both parts of an identity: as the checkpoint says, then as the store has."""
+    """Dtype and quantisation to be tried, which are both parts of an identity.
+
+    What the checkpoint says comes first, then what the store has.
+    """
     parts = list(known)
     stored = sorted({str(part["dtype"]) for part in parts if "dtype" in part})
     named = {
@@ -302,5 +312,8 @@ def _how_other(tried: Sequence[Identity], parts: dict[str, Any]) -> str:
     if not parts:
         return "about which the store knows nothing"
     if "endpoint" in parts:
-        return "of an endpoint, which reads no text again: `verify` without --deep checks all that can be"
+        return (
+            "of an endpoint, which reads no text again: `verify` without --deep checks all that "
+            "can be"
+        )
     return "with other " + min((different(identity.parts, parts) for identity in tried), key=len)

@@ -62,8 +62,8 @@ def launch(
 ) -> None:
     """Start a run on a cluster: the prompts, then workers that share stage one, then the training.
 
-    Ray: on the cluster that RAY_ADDRESS names, or on this machine; it shows how far the run is until it ends.
-    Slurm: writes the scripts to run.dir/launch and submits them.
+    Ray: on the cluster that RAY_ADDRESS names, or on this machine; it shows how far the run is
+    until it ends. Slurm: writes the scripts to run.dir/launch and submits them.
     """
     from ..launch.jobs import opened
     from ..launch.slurm import Asked

@@ -54,7 +54,10 @@ def main() -> None:
 
 
 class _SignalCame(BaseException):
-    """Like KeyboardInterrupt no `Exception`, so no handler on the way takes it for a failure; Typer hides that one."""
+    """A signal came: like KeyboardInterrupt it is no `Exception`.
+
+    So no handler on the way takes it for a failure. Typer hides KeyboardInterrupt itself.
+    """
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -97,7 +100,10 @@ def _fail(error: StillroomError, *, at_once: bool = False) -> NoReturn:
 
 
 def _error_text(error: StillroomError) -> str:
-    """The message; all lines but the first are indented, so that no name in it begins a line of its own."""
+    """The message of an error.
+
+    All lines but the first are indented, so that no name in it begins a line of its own.
+    """
     lines = f"error: {error}".replace("\n", "\n  ").split("\n")
     if sys.stderr.isatty():  # which would break the lines inside words
         width = 80
@@ -120,7 +126,10 @@ def demo(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Everything on a laptop CPU in minutes: no network, no downloads, a teacher made on the spot."""
+    """Run everything on a laptop CPU in minutes.
+
+    It needs no network and no downloads; the teacher is made on the spot.
+    """
     from ...stages.recipe.load import load_recipe
     from ...stages.recipe.run_folder import REPORT_PAGE
     from ..demo import make_demo

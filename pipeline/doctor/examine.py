@@ -12,7 +12,10 @@ from .libraries import Libraries
 
 
 def examine(store: str | None) -> Iterator[Finding]:
-    """Of this machine, and of a store's place; what takes longest is started first and told last."""
+    """What is found of this machine, and of a store's place.
+
+    What takes longest is started first and told last.
+    """
     with Libraries() as libraries:
         yield from _examined(store, libraries)
 

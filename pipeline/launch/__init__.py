@@ -1,1 +1,4 @@
-"""Launchers: they start a run's workers and its training on Ray or Slurm, which then need nothing but the store."""
+"""Launchers start a run's workers and its training on Ray or Slurm.
+
+Both then need nothing but the store.
+"""

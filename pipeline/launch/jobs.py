@@ -1,4 +1,7 @@
-"""What a launcher starts: a run as three jobs, one after the other, of which the second has many workers."""
+"""What a launcher starts: a run as three jobs, one after the other.
+
+The second of them has many workers.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field

@@ -1,4 +1,7 @@
-"""Ray: a run's jobs as actors of a cluster, one after the other; those that are lost are started again."""
+"""Ray runs a run's jobs as actors of a cluster, one after the other.
+
+Actors that are lost are started again.
+"""
 
 import os
 import signal
@@ -298,7 +301,10 @@ class _Actors:
             self._fail(failed)
 
     def _lose(self, slot: _Slot, why: str) -> None:
-        """A worker's place is lost: another one is sought, unless that goes on and nothing is done."""
+        """Take note that a worker's place is lost.
+
+        Another one is sought, unless that goes on and nothing is done.
+        """
         self._ray.kill(slot.actor)
         if self._signals or self._failure is not None:  # it was asked to leave
             return

@@ -11,7 +11,8 @@ import threading
 from collections.abc import Mapping, Sequence
 
 # The kernel sends a process this signal when the thread that started it ends, however it ends: an
-# actor that is killed leaves no worker behind on its GPUs. (1 is PR_SET_PDEATHSIG, which exec keeps.)
+# actor that is killed leaves no worker behind on its GPUs.
+# (1 is PR_SET_PDEATHSIG, which exec keeps.)
 _TIED = (
     "import ctypes, os, signal, sys; ctypes.CDLL(None).prctl(1, signal.SIGTERM); "
     "os.getppid() == int(sys.argv[1]) and os.execvp(sys.argv[2], sys.argv[2:])"
@@ -21,7 +22,10 @@ SAID = 4000
 
 
 class RayWorker:
-    """An actor: it holds a slot of the cluster while its command runs. `stop` is called meanwhile."""
+    """An actor holds a slot of the cluster while its command runs.
+
+    Its `stop` is called meanwhile.
+    """
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[str] | None = None
@@ -35,7 +39,10 @@ class RayWorker:
     def run(
         self, words: Sequence[str], folder: str, environment: Mapping[str, str]
     ) -> tuple[int, str]:
-        """The exit code of `stillroom WORDS`, negative where a signal killed it, and its last words."""
+        """Give the exit code of `stillroom WORDS`, and its last words.
+
+        The exit code is negative where a signal killed it.
+        """
         command = [sys.executable, "-m", "stillroom", *words]
         if sys.platform == "linux":
             command = [sys.executable, "-c", _TIED, str(os.getpid()), *command]

@@ -111,8 +111,8 @@ def _refuse(launch: Launch, asked: Asked) -> None:
             )
         if option[1] in _OURS:
             raise UsageError(
-                f"--sbatch: {option[0]} is set by the launcher, and its scripts rest on it. Leave it "
-                "out; where another value is meant for one job, edit that script and submit it."
+                f"--sbatch: {option[0]} is set by the launcher, and its scripts rest on it. Leave "
+                "it out; where another value is meant for one job, edit that script and submit it."
             )
     folder = str(_folder(launch))
     if not folder.isprintable() or "\\" in folder:
@@ -140,7 +140,8 @@ def _refuse_time(time: str) -> None:
     if found < SHORTEST_MINUTES:
         raise UsageError(
             f"--time: at least {SHORTEST_MINUTES} minutes (got {found}), for a job is told "
-            f"{NOTICE_SECONDS} seconds before its end, and up to a minute earlier, and loads its model first."
+            f"{NOTICE_SECONDS} seconds before its end, and up to a minute earlier, and loads its "
+            "model first."
         )
 
 
@@ -204,7 +205,8 @@ _ABOUT = {
 }
 
 _SUBMIT = """#!/bin/bash
-# Submits the jobs of a run, each to begin when the one before has ended well. Edit them as you like.
+# Submits the jobs of a run, each to begin when the one before has ended well. Edit them as \
+you like.
 set -euo pipefail"""
 
 _SCRIPT = """#!/bin/bash

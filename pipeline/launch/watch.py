@@ -1,4 +1,7 @@
-"""How far a run is that others do: by what stands in the store and the run's folder, on the run's screen."""
+"""How far a run is that others do, shown on the run's screen.
+
+It goes by what stands in the store and the run's folder.
+"""
 
 import time
 from collections.abc import Sequence

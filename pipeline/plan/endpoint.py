@@ -26,13 +26,13 @@ def endpoint_notes(recipe: Recipe, author_id: str, store: Store | None) -> Itera
     if generate is None:
         return
     yield (
-        f"the text is written by {generate.model} at {as_written(str(generate.base_url))}, and is read in "
-        f"the tokens of {recipe.teacher.model}"
+        f"the text is written by {generate.model} at {as_written(str(generate.base_url))}, and is "
+        f"read in the tokens of {recipe.teacher.model}"
     )
     if generate.teaches:
         yield (
-            f"the teacher is {generate.model} there: its log-probabilities are the soft targets, held-out rows' "
-            "too, so KL is over entries and tail, a lower bound"
+            f"the teacher is {generate.model} there: its log-probabilities are the soft targets, "
+            "held-out rows' too, so KL is over entries and tail, a lower bound"
         )
     served = served_by(store.files, author_id) if store is not None else {}
     if len(served) > 1:
@@ -41,7 +41,10 @@ def endpoint_notes(recipe: Recipe, author_id: str, store: Store | None) -> Itera
 
 
 def plan_endpoint(recipe: Recipe, line: StagePlan) -> None:
-    """What the rows to do cost; a budget that is reached ends the stage, if what is there may be gone on with."""
+    """What the rows to do cost.
+
+    A budget that is reached ends the stage, if the recipe may go on with what is there.
+    """
     generate = endpoint_of(recipe)
     if generate is None or not line.pending:
         return
@@ -59,7 +62,10 @@ def plan_endpoint(recipe: Recipe, line: StagePlan) -> None:
 
 
 def _rest(generate: Generate, line: StagePlan, answers: Answers) -> Tokens:
-    """Tokens of the rows to do: by the mean of what was answered, else what may be written at most."""
+    """Tokens of the rows to do.
+
+    They go by the mean of what was answered, else by what may be written at most.
+    """
     if not answers.count:
         return Tokens(0, line.pending * generate.max_tokens)
     each = (total / answers.count for total in answers.charged)
@@ -67,7 +73,9 @@ def _rest(generate: Generate, line: StagePlan, answers: Answers) -> Tokens:
 
 
 def price(plan: Plan) -> str:
-    """What the rest of the text costs, for people; empty where nothing is to be paid or no prices are known.
+    """What the rest of the text costs, for people.
+
+    It is empty where nothing is to be paid or no prices are known.
 
     It is no note of the plan: those are recorded, and prices are not.
     """
@@ -84,7 +92,9 @@ def price(plan: Plan) -> str:
 
 
 def refuse_reading(recipe: Recipe, line: StagePlan) -> None:
-    """Refuse texts whose distributions an endpoint is to be asked for: it gives them while it writes.
+    """Refuse texts whose distributions an endpoint is to be asked for.
+
+    An endpoint gives distributions while it writes, and for no text that is there.
 
     Raises:
         UsageError: there are some.
@@ -92,9 +102,10 @@ def refuse_reading(recipe: Recipe, line: StagePlan) -> None:
     generate = endpoint_of(recipe)
     if generate is not None and generate.teaches and line.name == "score":
         raise UsageError(
-            f"score: {line.pending} texts of {generate.model} have no distributions that can be reused "
-            f"({line.why}), and an endpoint reads no text again. Name another storage.dir: the answers "
-            f"in {answers_dir(Path(recipe.run.dir), generate).parent} are read again, and none is paid twice."
+            f"score: {line.pending} texts of {generate.model} have no distributions that can be "
+            f"reused ({line.why}), and an endpoint reads no text again. Name another storage.dir: "
+            f"the answers in {answers_dir(Path(recipe.run.dir), generate).parent} are read again, "
+            "and none is paid twice."
         )
 
 

@@ -1,8 +1,9 @@
-"""Where a teacher comes from that is itself a student of Stillroom: what it began as, and who taught it.
+"""Where a teacher comes from that is itself a student of Stillroom.
 
-It is read in the folder of the run that trained it, whatever the recipe calls that folder, and kept
-beside the teacher's small files in the store: cards are written when that run may be gone. It is in
-no hash, for a teacher is its weights.
+A lineage says what the student began as, and who taught it. It is read in the folder of the run
+that trained it, whatever the recipe calls that folder, and kept beside the teacher's small files in
+the store: cards are written when that run may be gone. It is in no hash, for a teacher is its
+weights.
 """
 
 from collections.abc import Mapping, Sequence
@@ -37,7 +38,10 @@ class Generation(TypedDict):
 
 
 def lineage(folder: Path) -> list[Generation]:
-    """The generations behind a model's folder, the latest first; none where no run of Stillroom trained it."""
+    """The generations behind a model's folder, the latest first.
+
+    There are none where no run of Stillroom trained it.
+    """
     training = folder.parent
     if folder.name != STUDENT or not (training / SETTINGS).is_file():
         return []
@@ -60,7 +64,10 @@ def lineage(folder: Path) -> list[Generation]:
 
 
 def lineages(recipe: Recipe, teachers: Sequence[BoundTeacher]) -> dict[str, Any]:
-    """What the record of a training has of its teachers: `lineage` of the only one, of several `lineages` by name."""
+    """What the record of a training has of its teachers.
+
+    It is the `lineage` of the only one, or of several the `lineages` by name.
+    """
     found = {one.name: before for one in teachers if (before := _of_teacher(recipe, one))}
     if not found:
         return {}
@@ -101,9 +108,13 @@ def kept_lineage(folder: Path) -> list[Generation]:
 
 
 def came_from(found: Sequence[Generation]) -> str:
-    """A lineage in words, as Markdown, the end of a sentence; the licences of the models of others go along."""
+    """A lineage in words, as Markdown: the end of a sentence.
+
+    The licences of the models of others go along.
+    """
     made = ", and before it ".join(
-        f"{inline(one['run'])} ({_began(one)}, taught by {' and '.join(map(inline, _taught_by(one)))})"
+        f"{inline(one['run'])} ({_began(one)}, taught by "
+        f"{' and '.join(map(inline, _taught_by(one)))})"
         for one in found
     )
     named = [name for one in found for name in (*_taught_by(one), one["start"]) if name is not None]
@@ -115,7 +126,10 @@ def came_from(found: Sequence[Generation]) -> str:
 
 
 def endpoint_teacher(recipe: Mapping[str, Any]) -> str | None:
-    """The model behind an endpoint whose log-probabilities are the soft targets; None: they are not."""
+    """The model behind an endpoint whose log-probabilities are the soft targets.
+
+    It is None where they are not.
+    """
     generate = recipe.get("generate") or {}
     teaches = generate.get("base_url") and generate.get("keep") and recipe.get("score")
     return str(generate["model"]) if teaches else None

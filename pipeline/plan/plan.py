@@ -261,7 +261,10 @@ def _plan_stored(recipe: Recipe, plan: Plan, books: Books) -> None:
 
 
 def _plan_score(plan: Plan, books: Books, *, upstream: bool) -> bool:
-    """A line for each teacher; whether all are done. Leaves `scored` behind, of named ones what `keep_scored` keeps."""
+    """Plan a line for each teacher, and say whether all are done.
+
+    It leaves the view `scored` behind; of named teachers the views that `keep_scored` keeps.
+    """
     done = upstream
     for number, one in enumerate(plan.teachers):
         binding, teacher = one.bound.binding, one.bound.teacher
@@ -287,7 +290,10 @@ def _plan_score(plan: Plan, books: Books, *, upstream: bool) -> bool:
 
 
 def _plan_published(plan: Plan, books: Books, published: Published) -> None:
-    """Prompts and text that are there already, as they are; the recipe may say how they were made, or nothing."""
+    """Plan prompts and text that are there already, as they are.
+
+    The recipe may say how they were made, or nothing.
+    """
     splits = published.manifest.splits.items()
     rows = sum(split.rows for _, split in splits)
     why = f"as published: {', '.join(f'{split.rows} {name}' for name, split in splits)}"

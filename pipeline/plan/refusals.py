@@ -32,9 +32,9 @@ def refuse_early(recipe: Recipe, bound: Bound, *, write: bool) -> None:
     keeps = generate is not None and generate.keep is not None and not generate.teaches
     if keeps and bound.author.id != bound.teacher.id:
         raise UsageError(
-            f"generate.keep: the model that writes ({bound.author.id}) is not the teacher that score "
-            f"names ({bound.teacher.id}), whose distributions are wanted. Remove generate.keep, or "
-            "generate.model."
+            f"generate.keep: the model that writes ({bound.author.id}) is not the teacher that "
+            f"score names ({bound.teacher.id}), whose distributions are wanted. Remove "
+            "generate.keep, or generate.model."
         )
     refuse_other_head(recipe, bound.teacher.parts["config"])
     masks_of(recipe, bound.teacher.folder)  # refuses a tokenizer that has none
@@ -58,7 +58,10 @@ def refuse_another(one: BoundTeacher) -> None:
 
 
 def _refuse_student(recipe: Recipe, folder: Path | None, teacher: Identity, *, write: bool) -> None:
-    """A student that does not go with this teacher; of one that is not here yet nothing is known."""
+    """Refuse a student that does not go with this teacher.
+
+    Of one that is not here yet nothing is known.
+    """
     student = needed(recipe.student, "student")
     if student.model is None and student.factory is None:
         layers = student.from_teacher_layers

@@ -41,7 +41,10 @@ from ...storage.tables.heads import head_of
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Bound:
-    """A binding, and the models it was made from (None where they are gone and the store stands in)."""
+    """A binding, and the models that it was made from.
+
+    A model is None where it is gone and the store stands in for it.
+    """
 
     binding: Binding
     teacher: Identity | None
@@ -57,7 +60,9 @@ class Bound:
 
 
 def bind(recipe: Recipe, store: Store | None = None, *, write: bool) -> Bound:
-    """Find and hash teacher, author and source; where they are gone, take what the store or a source wrote down.
+    """Find and hash teacher, author and source.
+
+    Where they are gone, what the store or a source wrote down stands in for them.
 
     Where `data.source` names the store or one of its sources, what is written there is all there
     is.
@@ -100,7 +105,10 @@ def _bind_there(recipe: Recipe, store: Store | None) -> Bound:
     part = store
     if isinstance(store, Joined):
         part = store.sources[name] if name in store.sources else store.parts[0][0]
-    why = f"data.source: {name} is a store, so its rows are the data; nothing is generated or scored for it."
+    why = (
+        f"data.source: {name} is a store, so its rows are the data; nothing is generated or scored "
+        "for it."
+    )
     if isinstance(part, Published):
         return Bound(
             binding=_of_published(part), teacher=None, author=None, missing=why, published=part
@@ -189,9 +197,10 @@ def author_identity(
 
 
 def _endpoint(address: str, model: str, *, reads: Identity) -> Identity:
-    """A model behind an endpoint: known by address and name, and by the tokens that its text becomes.
+    """A model behind an endpoint is known by address and name, and by the tokens of its text.
 
-    Who answers under that name may change; who did is written down as they answer (`storage/store/served.py`).
+    Who answers under that name may change. Who did answer is written down as it answers
+    (`storage/store/served.py`).
 
     Args:
         address: Its own.
@@ -211,7 +220,10 @@ def _endpoint(address: str, model: str, *, reads: Identity) -> Identity:
 
 
 def student_id(recipe: Recipe, *, write: bool) -> str | None:
-    """Identity of an existing student, hash of the code that makes one; None for other fresh weights."""
+    """Identity of an existing student, or hash of the code that makes one.
+
+    It is None for other fresh weights.
+    """
     section = recipe.student
     if section is not None and section.factory is not None:
         return factory_id(factory_files(section))
@@ -223,7 +235,9 @@ def student_id(recipe: Recipe, *, write: bool) -> str | None:
 
 
 def copied_id(recipe: Recipe, bound: Bound, *, write: bool) -> str:
-    """Identity of the teacher whose layers are copied: the one that taught the rows, with its weights.
+    """Identity of the teacher whose layers are copied.
+
+    It is the teacher that taught the rows, with its weights.
 
     Raises:
         UsageError: its weights are not here.
@@ -332,7 +346,10 @@ def _with_earlier(recipe: Recipe, bound: Bound, store: Store, *, write: bool) ->
 
 
 def _day(recipe: Recipe, author: Identity, store: Store | None) -> str | None:
-    """What a template that reads the clock is told: the day of the store's first binding that has one."""
+    """The day that a template which reads the clock is told.
+
+    It is the day of the store's first binding that has one.
+    """
     if not recipe.data.records.conversation or not reads_the_clock(author.parts["chat_template"]):
         return None
     written = all_bindings(store.files).values() if store else ()
@@ -358,7 +375,10 @@ def _folder(recipe: Recipe) -> str:
 
 
 def written_binding(recipe: Recipe, store: Store | None) -> Binding | None:
-    """What the recipe's names stood for last, as the store or one of its sources has it; None: nobody knows."""
+    """What the recipe's names stood for last, as the store or one of its sources has it.
+
+    It is None where nobody knows.
+    """
     found = (_written(part.files, recipe) for part, _ in (store.parts if store else ()))
     return next(filter(None, found), None)
 

@@ -76,14 +76,14 @@ def student_of(recipe: Mapping[str, Any]) -> str:
 
 
 def _whose_text(recipe: Mapping[str, Any]) -> str | None:
-    """The model that taught by its text or from an endpoint, where the recipe's teacher only reads; None: that did."""
+    """The model whose text or endpoint taught, where the recipe's teacher only reads; else None."""
     if recipe.get("score") is not None:
         return endpoint_teacher(recipe)
     return (recipe.get("generate") or {}).get("model")
 
 
 def taught_by(recipe: Mapping[str, Any]) -> str:
-    """Short names of the teachers; where another model's text is all there is, or an endpoint taught, that one's."""
+    """Short names of the teachers, or of the other model whose text or endpoint taught alone."""
     models = [one["model"] for one in recipe.get("teachers") or [recipe["teacher"]]]
     if (author := _whose_text(recipe)) is not None:
         models = [author]

@@ -17,7 +17,10 @@ from ..plan.lines import Plan, StagePlan
 
 
 def held_of(recipe: Recipe, plan: Plan, line: StagePlan) -> dict[str, Any] | None:
-    """What the recipe's entries hold of the one teacher whose line it is; None: not known, or not yet."""
+    """What the recipe's entries hold of the one teacher whose line it is.
+
+    It is None where that is not known, or not yet.
+    """
     held_out = plan.snapshots.get("test")
     if recipe.score is None or held_out is None or len(plan.teachers) > 1:
         return None

@@ -1,4 +1,7 @@
-"""The workers of one stage, side by side: heard as one, replaced where they die, all ended before it is over."""
+"""The workers of one stage, side by side.
+
+They are heard as one, replaced where they die, and all ended before the stage is over.
+"""
 
 import signal
 import time
@@ -40,7 +43,10 @@ class Crew:
     def __init__(
         self, message: dict[str, Any], posts: Sequence[Post], *, run_dir: Path, screen: Screen
     ) -> None:
-        """`message`: what each process is told, but for its own log; `screen` shows what they tell."""
+        """Take `message`, what each process is told, but for its own log.
+
+        The `screen` shows what they tell.
+        """
         self._message, self._posts = message, posts
         self._name: str = message["name"]
         self._run_dir, self._screen = run_dir, screen
@@ -57,7 +63,9 @@ class Crew:
         """Process groups of all that were started."""
 
     def finish(self) -> dict[str, Any]:
-        """Work until every worker has answered; all of their groups have ended then, whatever happened.
+        """Work until every worker has answered.
+
+        All of their process groups have ended then, whatever happened.
 
         Raises:
             Stopped: a signal came; also where the stage was done before it could stop, so that no
@@ -134,7 +142,10 @@ class Crew:
             self._fail(error)
 
     def _replace(self, worker: Worker, death: StageDied) -> None:
-        """Another process for one that died, if it had rows in flight or worked before; else the others go on alone."""
+        """Start another process for one that died, if it had rows in flight or worked before.
+
+        Otherwise the others go on alone.
+        """
         flight = read_journal(worker.journal)
         worked = bool(flight.rows) and flight.came_back > 0
         in_vain = [*(() if worked else worker.in_vain), worker.journal]
@@ -162,7 +173,10 @@ class Crew:
         self._screen.say(text)
 
     def _fail(self, error: StillroomError) -> None:
-        """The first failure is the stage's; the others have done nothing wrong and commit what they have."""
+        """The first failure is the stage's.
+
+        The others have done nothing wrong and commit what they have.
+        """
         if self._failure is None:
             self._failure = error
             self._ask_to_leave()
@@ -214,6 +228,9 @@ def _forget(journals: Iterable[Path]) -> None:
 
 
 def _note(log: Path, text: str) -> None:
-    """What the runner says of a stage stands in the stage's log too; where the disk is full, it does not."""
+    """Write what the runner says of a stage into the stage's log too.
+
+    Where the disk is full, it does not stand there.
+    """
     with suppress(OSError), log.open("a") as file:
         file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")

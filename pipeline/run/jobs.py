@@ -1,4 +1,7 @@
-"""What the processes of a stage are told: the recipe as they read it, and what the plan has found."""
+"""What the processes of a stage are told.
+
+They are told the recipe as they read it, and what the plan has found.
+"""
 
 from typing import Any
 

@@ -1,4 +1,7 @@
-"""What each worker of a stage has to itself: its log, its devices; and what the plan says of how many there are."""
+"""What each worker of a stage has to itself: its log and its devices.
+
+The plan also learns here what to say of how many workers there are.
+"""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -72,7 +75,10 @@ def worker_notes(recipe: Recipe, plan: Plan) -> Iterator[str]:
             continue
         if _asks_an_endpoint(recipe, line) and recipe.compute.workers not in ("auto", 1):
             calls = needed(recipe.generate, "generate").concurrency
-            yield f"{line.name}: one process asks the endpoint, {calls} calls at once (generate.concurrency)"
+            yield (
+                f"{line.name}: one process asks the endpoint, {calls} calls at once "
+                "(generate.concurrency)"
+            )
         workers = environments(plan.teacher_of(line.name).recipe, line)
         if len(workers) > 1:
             gpus = [one[VISIBLE] for one in workers if VISIBLE in one]

@@ -1,4 +1,7 @@
-"""One process of a stage, in a process group of its own: started, heard, and ended to the last of its group."""
+"""One process of a stage, in a process group of its own.
+
+It is started, heard, and ended to the last of its group.
+"""
 
 import json
 import os
@@ -63,7 +66,10 @@ class StageProcess:
             self.ended = True
 
     def listen(self, seconds: float) -> list[dict[str, Any]]:
-        """The events that it tells now; waits so long for one. Its answer and its death are noted."""
+        """Give the events that the process tells now, after waiting so long for one.
+
+        Its answer and its death are noted.
+        """
         self._line.settimeout(seconds)
         try:
             chunk = self._line.recv(1 << 20)

@@ -1,4 +1,7 @@
-"""How far a stage is: counted where the work is done, as facts that a screen, a line or a log can show."""
+"""How far a stage is, counted where the work is done.
+
+It is told as facts that a screen, a line or a log can show.
+"""
 
 import sys
 import time
@@ -19,7 +22,10 @@ _TELL_SECONDS = 0.2
 
 @dataclass(kw_only=True, slots=True)
 class Meter:
-    """What is known of a stage's progress; as a dict it is what the stage's process tells the runner."""
+    """What is known of a stage's progress.
+
+    As a dict it is what the stage's process tells the runner.
+    """
 
     unit: str = "rows"
     total: int = 0
@@ -81,11 +87,15 @@ class Meter:
 
 
 def together(meters: Sequence[Meter]) -> Meter:
-    """What the workers of one stage have done, as if one had; the first of them began to count first."""
+    """What the workers of one stage have done, as if one had.
+
+    The first of them began to count first.
+    """
     counting = [meter for meter in meters if meter.counts]
     if len(meters) == 1 or not counting:
         return replace(meters[0], workers=len(meters))
-    # What each did itself since the first one looked into the store; at least what one of them found there.
+    # What each did itself since the first one looked into the store:
+    # at least what one of them found there.
     own = sum(meter.done - meter.first - meter.others for meter in counting)
     first, total = (min(m.first for m in counting), max(m.total for m in counting))
     done = max(first + own, *(meter.done for meter in counting))
@@ -139,7 +149,10 @@ class Counting:
 
 
 class ToldProgress(Counting):
-    """In a stage's process: tells the runner a few times a second, and writes to the log, whatever a terminal shows."""
+    """Progress that a stage's process tells the runner a few times a second.
+
+    It also writes to the log, whatever a terminal shows.
+    """
 
     def __init__(
         self, stage: str, tell: Callable[[dict[str, Any]], None], log: TextIO | None = None
@@ -175,7 +188,10 @@ class ToldProgress(Counting):
 
 
 class StageProgress(Counting):
-    """One bar, for work in this process: a bar on a terminal, a plain line now and then elsewhere."""
+    """One bar, for work in this process.
+
+    It is a bar on a terminal, and a plain line now and then elsewhere.
+    """
 
     def __init__(self, stage: str, stream: TextIO, *, quiet: bool = False) -> None:
         super().__init__(stage)

@@ -1,4 +1,4 @@
-"""One rank of stage two, where a launcher has started the ranks: the command `train` under torchrun or srun.
+"""One rank of stage two where a launcher has started the ranks: `train` under torchrun or srun.
 
 The first rank plans, as `run` does, and tells the others what each stage is told. Then all do it.
 """
@@ -48,7 +48,9 @@ class SaidElsewhere(StillroomError):
 
 
 def launched(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """Who this rank is and where the ranks meet, by torchrun's names; empty where nobody has launched it.
+    """Who this rank is and where the ranks meet, by torchrun's names.
+
+    It is empty where nobody has launched this process.
 
     Raises:
         UsageError: a launcher has said a part of it.
@@ -73,9 +75,9 @@ def _refuse_missing(environment: Mapping[str, str], *names: str) -> None:
     if missing := [name for name in names if not environment.get(name)]:
         set_now = " and ".join(n for n in (RANK, COUNT, IN_A_STEP) if n in environment)
         raise UsageError(
-            f"train: the environment of this rank has no {', '.join(missing)}, which its launcher sets. "
-            "Start it as `torchrun --nproc-per-node N -m stillroom train RECIPE`, or as `srun stillroom "
-            f"train RECIPE`; to train in one process, unset {set_now}."
+            f"train: the environment of this rank has no {', '.join(missing)}, which its launcher "
+            "sets. Start it as `torchrun --nproc-per-node N -m stillroom train RECIPE`, or as "
+            f"`srun stillroom train RECIPE`; to train in one process, unset {set_now}."
         )
 
 
@@ -204,8 +206,9 @@ class _Rank:
         begun = Path(message["train_dirs"][arm]) / SETTINGS
         if not begun.exists():
             raise UsageError(
-                f"run.dir: rank {self._ranks.rank} on {socket.gethostname()} does not see {begun}, which "
-                "rank 0 has written. Name a folder that all machines share; the store must be one too."
+                f"run.dir: rank {self._ranks.rank} on {socket.gethostname()} does not see {begun}, "
+                "which rank 0 has written. Name a folder that all machines share; the store must "
+                "be one too."
             )
 
     def _tell(self, event: dict[str, Any]) -> None:

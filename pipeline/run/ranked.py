@@ -1,8 +1,9 @@
-"""The ranks of one stage: processes that meet at each step, so they start together, and end together.
+"""The ranks of one stage: processes that meet at each step.
 
-torchrun's agent could start them from within this process. It puts each rank into a session of its
-own, which nobody here knows of: then nothing could prove that all of them have ended. So they are
-the runner's own processes, with the environment that torchrun gives.
+So they start together, and end together. torchrun's agent could start them from within this
+process. It puts each rank into a session of its own, which nobody here knows of: then nothing could
+prove that all of them have ended. So they are the runner's own processes, with the environment that
+torchrun gives.
 """
 
 from collections.abc import Sequence
@@ -26,7 +27,10 @@ Ended = tuple[Worker, StillroomError]
 
 
 class RankedCrew(Crew):
-    """All ranks of one stage here: heard as one, ended with the first that dies, then all started again."""
+    """All ranks of one stage here, heard as one.
+
+    All are ended with the first that dies, and then all are started again.
+    """
 
     def __init__(
         self,
@@ -46,7 +50,10 @@ class RankedCrew(Crew):
 
     @override
     def _start(self) -> None:
-        """All of them, to meet at a port of their own: what the dead have left at another one misleads nobody."""
+        """Start all of them, to meet at a port of their own.
+
+        What the dead have left at another port misleads nobody.
+        """
         port, self._suspected = free_port(), {}
         self._answers.clear()
         for rank, post in enumerate(self._posts):
@@ -101,7 +108,10 @@ class RankedCrew(Crew):
         return found
 
     def _after(self, ended: Sequence[Ended]) -> None:
-        """End those that are left; all start again, unless one has failed by an error of its own, or nothing helps."""
+        """End those that are left, and start all again.
+
+        None is started again where one has failed by an error of its own, or where nothing helps.
+        """
         worker, cause = min(ended, key=lambda one: _weight(one[1]))
         if self._suspected and isinstance(cause, StageDied):
             left = {_rank(worker) for worker in self._living}

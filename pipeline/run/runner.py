@@ -1,4 +1,7 @@
-"""Runs a plan: one stage after the other, each in a process group of its own that has ended before the next begins."""
+"""Run a plan, one stage after the other.
+
+Each stage is in a process group of its own, which has ended before the next begins.
+"""
 
 import sys
 import time
@@ -75,12 +78,14 @@ def run(
         only: The one stage to run.
         quiet: Print no progress.
         allow_code: Whether `student.factory` may run.
-        worker: Be one worker of many, with the devices that are visible: others are started elsewhere.
+        worker: Be one worker of many, with the devices that are visible: others are started
+            elsewhere.
 
     Returns:
-        `{"run_dir", "stages": {name: {"rows", "tokens", "seconds", "state", "clock"}}, "results": {arm: {...}},
-        "advice": [{...}], "clock": {...}}`; a stage's clock (`stages/workers/clock.py`) splits the seconds of its
-        process, the last one is that of this process without them.
+        `{"run_dir", "stages": {name: {"rows", "tokens", "seconds", "state", "clock"}},
+        "results": {arm: {...}}, "advice": [{...}], "clock": {...}}`. A stage's clock
+        (`stages/workers/clock.py`) splits the seconds of its process. The last one is that of this
+        process without them.
 
     Raises:
         StillroomError: a stage failed; finished rows are kept.
@@ -222,7 +227,10 @@ def _workers(recipe: Recipe, plan: Plan, *, alone: bool) -> Iterable[str]:
 def _started(
     recipe: Recipe, plan: Plan, name: str, *, screen: Screen, number: int, alone: bool
 ) -> dict[str, Any]:
-    """The answer of a stage's processes; `number` is the runner's, `alone` lets it start one, whatever is here."""
+    """The answer of a stage's processes.
+
+    The `number` is the runner's; `alone` lets it start one, whatever is here.
+    """
     message, asked = stage_message(recipe, plan, name), asked_recipe(recipe, plan, name)
     first, *more = [{}] if alone else environments(asked, plan.line(name))
     with ExitStack() as numbers:

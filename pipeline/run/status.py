@@ -1,4 +1,7 @@
-"""What stands in the store and the run folder, stage by stage: tables for people, facts for the report."""
+"""What stands in the store and the run folder, stage by stage.
+
+There are tables for people, and facts for the report.
+"""
 
 import platform
 from collections import Counter
@@ -94,7 +97,9 @@ def _costs(commits: list[Commit]) -> dict[str, Any]:
 
 
 def column_costs(store: Store, commits: list[Commit]) -> dict[str, Any]:
-    """Compressed bytes per token of each column and of what is no column; of targets, what they keep.
+    """Compressed bytes per token of each column and of what is no column.
+
+    Of targets it also says what they keep.
 
     Nothing where there are no tokens.
     """
@@ -118,7 +123,10 @@ def column_costs(store: Store, commits: list[Commit]) -> dict[str, Any]:
 
 
 def feature_costs(store: Store) -> dict[str, Any]:
-    """What features take in the whole store, and of each kind, layer and dtype how far rounding and projection miss."""
+    """What features take in the whole store.
+
+    Of each kind, layer and dtype it also says how far rounding and projection miss.
+    """
     commits = store.commits("features")
     vectors = sum(commit.tokens for commit in commits)
     if not vectors:
@@ -165,7 +173,9 @@ class _Error:
 
 
 def _kept(shards: Iterable[ShardFile]) -> dict[str, dict[str, Any]]:
-    """Per kind of target: tokens, their entries, and the mean of the mass that these keep (sampled: None).
+    """Per kind of target: tokens, their entries, and the mean of the mass that these keep.
+
+    The mass of sampled targets is None.
 
     Raises:
         IntegrityError: a shard's statistics are none.
@@ -275,7 +285,10 @@ def _kept_line(name: str, kept: dict[str, dict[str, Any]]) -> str:
 
 
 def _feature_table(name: str, features: dict[str, Any]) -> tuple[str, Table]:
-    """What they take, and a line for each layout: how far rounding misses, and by what projection moves cosines."""
+    """What features take, and a line for each layout.
+
+    A line says how far rounding misses, and by what a projection moves cosines.
+    """
     said = (
         f"{name}, features: {human(features['vectors'])} vectors, "
         f"{features['bytes_per_vector']:.1f} bytes each"

@@ -1,7 +1,7 @@
-"""The process of one stage: reads its job from the runner, does it, answers, and dies if the runner dies.
+"""The process of one stage reads its job from the runner, does it, and answers.
 
-Its standard output and error go to the stage's log. What it does and says it tells the runner, who
-shows it.
+It dies if the runner dies. Its standard output and error go to the stage's log. What it does and
+says it tells the runner, who shows it.
 """
 
 import errno
@@ -73,7 +73,10 @@ def main() -> None:
 
 
 def meet(ranks: Ranks, progress: Progress, tell: Callable[[dict[str, Any]], None]) -> None:
-    """Meet the other ranks, and say of one that hangs, when the others have waited for it, that it does."""
+    """Meet the other ranks.
+
+    Of one that hangs it is said so, when the others have waited for it.
+    """
 
     def suspect(found: Suspicion) -> None:
         tell({"event": "hangs", "ranks": found.ranks, "text": found.text})
@@ -112,7 +115,10 @@ def _cause(error: Exception) -> str:
 
 
 class Line:
-    """The way to the runner: events while the stage works, one answer at its end, each a line of JSON."""
+    """The way to the runner: events while the stage works, and one answer at its end.
+
+    Each of them is a line of JSON.
+    """
 
     def __init__(self, line: socket.socket) -> None:
         line.set_inheritable(
@@ -127,7 +133,11 @@ class Line:
         return self._line.makefile("r").readline()
 
     def tell(self, event: dict[str, Any]) -> None:
-        """An event. The stage never waits for a runner that does not read (somebody suspended it): then it is lost."""
+        """Tell an event.
+
+        The stage never waits for a runner that does not read (somebody suspended it): then the
+        event is lost.
+        """
         with self._lock:
             if len(self._unsent) < UNSENT_BYTES:
                 self._unsent += json.dumps(event).encode() + b"\n"
@@ -162,7 +172,10 @@ class _Log(io.FileIO):
 
 
 class _LogText(io.TextIOWrapper):
-    """A log is read in a terminal: nothing in it steers one. What a bar draws over itself stands in lines."""
+    """A log is read in a terminal, so nothing in it steers one.
+
+    What a bar draws over itself stands in lines.
+    """
 
     @override
     def write(self, text: str, /) -> int:

@@ -1,4 +1,7 @@
-"""What is asked of engines: completions of requests, in any order; what follows in texts that are there."""
+"""What is asked of engines: completions of requests, in any order.
+
+Engines are also asked what follows in texts that are there.
+"""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,7 +31,10 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """What came of a request; `error` in place of tokens where the engine refused it or failed on it alone."""
+    """What came of a request.
+
+    There is an `error` in place of tokens where the engine refused it or failed on it alone.
+    """
 
     number: int
     token_ids: list[int]
@@ -37,24 +43,27 @@ class Completion:
     error: str | None = None
     attempts: int = 1
     reason: str = "engine"
-    """Of an error: `engine` where engine or machine may be to blame, else what the row is rejected for."""
+    """Of an error: `engine` where engine or machine may be to blame, else what the row is rejected
+    for."""
     served: str = ""
     """Of an endpoint: the model that answered, and its fingerprint where it has one."""
     left_out: tuple[str, ...] = ()
     """Of an endpoint: what its answer has beside the text."""
     logprobs: Mapping[str, Any] | None = None
-    """Of an endpoint, where `generate.keep` asks for it: what it says of its tokens (`said_tokens.py`)."""
+    """Of an endpoint, where `generate.keep` asks for it: what it says of its tokens
+    (`said_tokens.py`)."""
     targets: "Bounded | None" = None
-    """Where `generate.keep` asks for it, the distribution that each token was drawn from, at temperature 1."""
+    """Where `generate.keep` asks for it, the distribution that each token was drawn from, at
+    temperature 1."""
 
 
 def before_stop(
     token_ids: list[int], stop: Sequence[str], decode: Callable[[list[int]], str]
 ) -> tuple[list[int], str]:
-    """A completion up to its first stop string: the ids that end before it, and what they decode to.
+    """A completion up to its first stop string: the ids that end before it, and their text.
 
-    A token that holds the beginning of the stop string goes with it, for ids and text must be of
-    one length: "ab", "c.", "d" with stop "." is "ab".
+    The text is what the ids decode to. A token that holds the beginning of the stop string goes
+    with it, for ids and text must be of one length: "ab", "c.", "d" with stop "." is "ab".
     """
     text = decode(token_ids)
     found = [text.index(string) for string in stop if string in text]
@@ -73,10 +82,12 @@ class Engine(Protocol):
     def generate(
         self, requests: Iterable[Request], heartbeat: Callable[[], None]
     ) -> Iterator[Completion]:
-        """Completions in the order they finish; draws from `requests` as places become free, not far ahead of them.
+        """Give completions in the order they finish.
 
-        `heartbeat` is called at every step (one more token for every row in flight), when all that finished before
-        has been handed out; it may raise a `StillroomError` to leave the engine.
+        Draws from `requests` as places become free, not far ahead of them.
+
+        `heartbeat` is called at every step (one more token for every row in flight), when all that
+        finished before has been handed out; it may raise a `StillroomError` to leave the engine.
 
         Raises:
             EngineDied: on one of the rows in flight.

@@ -4,7 +4,8 @@ Conversations go to `/chat/completions`, plain prompts to `/completions`. A thre
 to its end, and keeps the answer on disk before anybody hears of it (`workers/answers.py`). What may
 pass (too many calls, a fault of the server, a connection that breaks, half an answer) is tried
 again, after as long as the endpoint asks for, else after a random time that doubles. What will not
-pass is a reject of the row (400, 413, 422), or ends the stage (401, 402, 403, 404, an empty account).
+pass is a reject of the row (400, 413, 422), or ends the stage (401, 402, 403, 404, an empty
+account).
 """
 
 import json
@@ -60,7 +61,8 @@ _BY_IDS = {
     "min_p": 0.0,
     "repetition_penalty": 1.0,
 }
-"""What vLLM is told beside `logprobs`: to name tokens by ids, and to leave the model's own sampling settings aside."""
+"""What vLLM is told beside `logprobs`: to name tokens by ids, and to leave the model's own sampling
+settings aside."""
 _LOOK_SECONDS = 0.2
 _PER_MESSAGE = 16
 """Tokens that a template puts around a message, at most."""
@@ -236,7 +238,8 @@ class OpenAIEngine:
                 raise _NoAnswer("engine", what) from error
             raise StillroomError(
                 f"generate: {self._settings.base_url} gave no answer in {len(others)} attempts "
-                f"({error}). All answers so far are kept. Run the same command again when it is well."
+                f"({error}). All answers so far are kept. Run the same command again when it is "
+                "well."
             ) from error
 
     def _try(self, call: _Call, others: list[int]) -> Answer:
@@ -333,7 +336,10 @@ def _asked_seconds(headers: Mapping[str, str]) -> float | None:
 
 
 def _answer(response: Any, most: Tokens, *, kept: bool) -> Answer:
-    """What is kept of a response, with what it says of its tokens; ValueError and its like: it is not whole."""
+    """What is kept of a response, with what it says of its tokens.
+
+    It raises a ValueError or its like where the response is not whole.
+    """
     said = response.model_dump(warnings=False)  # what it says of its tokens is looked at later
     choice = said["choices"][0]
     message = choice.get("message")

@@ -1,14 +1,17 @@
 """What an endpoint says of the tokens of its answer, in the one form that is kept on disk.
 
-    prompt_ids      ids of the prompt that it read; null: it does not say (`return_token_ids` of vLLM)
+    prompt_ids      ids of the prompt that it read; null: it does not say (`return_token_ids` of
+                    vLLM)
     prompt_tokens   how many it counted there; null: it does not say
     ids             ids of the answer; null
-    tokens          for each token of the answer [name, log-probability, [name, log-probability, ...]]: the
-                    token that is there, then the likely ones at this place
+    tokens          for each token of the answer
+                    [name, log-probability, [name, log-probability, ...]]: the token that is
+                    there, then the likely ones at this place
     fault           in place of tokens: why there are none
 
-A name is an id where the server gives one (vLLM's `token_id:286`), else a string; a list of bytes where
-the server gives some that are not the string's own. Numbers are as they came: null, NaN, whatever.
+A name is an id where the server gives one (vLLM's `token_id:286`), else a string. It is a list of
+bytes where the server gives some that are not the string's own. Numbers are as they came: null,
+NaN, whatever.
 """
 
 import re

@@ -42,7 +42,10 @@ class HeldOut:
         images: bool = False,
         teachers: "HeldOutTeachers | None" = None,
     ) -> None:
-        """`labelled`: texts to classify, or `images`, with their gold labels where they have one."""
+        """Take `labelled` texts to classify, or `images`.
+
+        They come with their gold labels where they have one.
+        """
         self._store, self._clock = store, clock
         self.snapshot, self.labelled, self.images = snapshot, labelled, images
         self.scored = snapshot.table == "soft_targets"
@@ -66,7 +69,10 @@ class HeldOut:
         return map(_with_span, self._read(*columns, ranks=ranks))
 
     def said(self, row: dict[str, Any], own: SoftTargets | None) -> "Said | None":
-        """What several teachers say of a row with its own targets; None: it has one teacher, or none."""
+        """What several teachers say of a row with its own targets.
+
+        It is None where the row has one teacher, or none.
+        """
         return None if self.teachers is None or own is None else self.teachers.said(row, own)
 
     def references(self) -> set[tuple[str, int]]:
@@ -76,7 +82,10 @@ class HeldOut:
         )
 
     def _read(self, *columns: str, ranks: Ranks | None = None) -> Iterator[dict[str, Any]]:
-        """Each with its number in the snapshot; those of one of several ranks alone where it is asked for."""
+        """Read each row with its number in the snapshot.
+
+        Where one of several ranks is asked for, its rows alone are read.
+        """
         rank, count, first = (ranks.rank, ranks.count, 0) if ranks else (0, 1, 0)
         for shard in self.snapshot.shards:
             numbers = range(first, first + len(shard.rows))

@@ -1,7 +1,8 @@
 """Measuring the arms: one model at a time over all held-out rows, whatever the task.
 
-Several ranks have the rows dealt out, each with a whole model. What comes of a row is noted, and the
-first rank counts it when that row's turn has come. So the numbers do not depend on how many there are.
+Several ranks have the rows dealt out, each with a whole model. What comes of a row is noted, and
+the first rank counts it when that row's turn has come. So the numbers do not depend on how many
+there are.
 """
 
 from collections.abc import Callable, Iterator
@@ -35,22 +36,34 @@ ROWS_AT_ONCE = 16
 
 
 class Measuring(Protocol):
-    """How a task's rows are measured; the class of this name in the module that bears the task's name."""
+    """How a task's rows are measured.
+
+    It is the class of this name in the module that bears the task's name.
+    """
 
     def tally(self) -> "Tally":
         """Where an arm is counted, empty."""
 
     def outcomes(self, row: Row) -> np.ndarray | None:
-        """[N] what is there, at each of a row's targets, -1 where it is not known; None: nowhere."""
+        """[N] what is there, at each of a row's targets, and -1 where it is not known.
+
+        It is None where it is known nowhere.
+        """
 
     def named(self, measures: "dict[str, Tensor]") -> "dict[str, Tensor]":
-        """The measures of `metrics.measure` where that is known, with those that only this task has."""
+        """The measures of `metrics.measure` where the outcome is known, and the task's own.
+
+        The task's own measures are those that only this task has.
+        """
 
     def of_student(self, model: "nn.Module") -> MeasureRow:
         """How the rows of one student are measured."""
 
     def gradient(self, model: "nn.Module", arm: str) -> Gradient:
-        """How far stored targets turn a student's gradient from that of whole ones; None: there is no choice."""
+        """How far stored targets turn a student's gradient from that of whole ones.
+
+        It says nothing where there is no choice.
+        """
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,7 +117,10 @@ def measure_arms(
 def _in_order(
     job: Job, held_out: HeldOut, work: Callable[[Row], Found]
 ) -> Iterator[tuple[int, Found]]:
-    """Tokens of each row and what `work` makes of it, in the order of all rows; on the first rank alone."""
+    """Tokens of each row and what `work` makes of it, in the order of all rows.
+
+    The first rank alone has them.
+    """
     ranks = job.ranks
     rows = held_out.targets(ranks)
 

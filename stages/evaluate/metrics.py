@@ -1,24 +1,24 @@
-"""How good a model's next-token distribution is, and how close to the teacher's: measures per token, sums over rows.
+"""Measures per token of how good a model's distribution is and how near to the teacher's.
 
-Every arm is measured on the same tokens, a chunk of logits at a time. Per token, with t the
-teacher's distribution, p the model's and x the token that is there:
+They are summed over rows. Every arm is measured on the same tokens, a chunk of logits at a time.
+Per token, with t the teacher's distribution, p the model's and x the token that is there:
 
     cross_entropy   -log p(x), nats; perplexity is exp of its mean
     kl_teacher      KL(t || p) = sum_i t_i (log t_i - log p_i), nats
     tv_teacher      total variation, 1/2 sum_i |t_i - p_i|, 0 to 1
-    acceptance      sum_i min(t_i, p_i) = 1 - tv_teacher: how often the teacher accepts a token that the model proposes
-                    in speculative decoding (Leviathan et al. 2023, arXiv 2211.17192, theorem 3.5
-                    and corollary 3.6)
-    top1_agreement 1 if the model's best id is the teacher's best (ids that tie in the stored
-    targets are all best)
-    ece             expected calibration error of the model's best id: 15 equal-width bins of its probability
-                    (Guo et al. 2017, arXiv 1706.04599, equation 3)
+    acceptance      sum_i min(t_i, p_i) = 1 - tv_teacher: how often the teacher accepts a token
+                    that the model proposes in speculative decoding
+                    (Leviathan et al. 2023, arXiv 2211.17192, theorem 3.5 and corollary 3.6)
+    top1_agreement  1 if the model's best id is the teacher's best (ids that tie in the stored
+                    targets are all best)
+    ece             expected calibration error of the model's best id: 15 equal-width bins of its
+                    probability (Guo et al. 2017, arXiv 1706.04599, equation 3)
 
 On `full` targets all of them are exact. On entries and a tail, t and p are seen through the entries
-and one bucket for all other ids: KL and total variation are then lower bounds and the acceptance an
+and one bucket for all other ids. KL and total variation are then lower bounds and the acceptance an
 upper bound, since merging outcomes never raises a divergence.
 
-A text that is classified may have no label, which is what would be there: then only the measures
+A text that is classified may have no label, which is what would be there. Then only the measures
 against the teacher are known, and the means of the others are over the texts that have one.
 
 Ids that only the teacher has: the model gives them no probability at all, so KL would be infinite.
@@ -167,7 +167,9 @@ def _against_teacher(logprobs: Tensor, best: Tensor, reference: SoftTargets) -> 
 def bucketed(
     ids: Tensor, teacher: Tensor, tail: Tensor, *, logprobs: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Teacher and model through the same K + 1 outcomes: the entries, and one bucket that holds every other id.
+    """Teacher and model through the same K + 1 outcomes: the entries, and one bucket.
+
+    The bucket holds every other id.
 
     Args:
         ids: [N, K] entries; an id of V or more is one that the model lacks, and is moved into the
@@ -204,13 +206,14 @@ class Tally:
 
         Args:
             classes: The tokens are classes, whose confusion is counted too.
-            entities: Where the entities that these classes mark are counted, of texts that are added
-                whole; None: they mark none.
+            entities: Where the entities that these classes mark are counted, of texts that are
+                added whole; None: they mark none.
         """
         self.confusion = Confusion() if classes else None
         self.entities = entities
         self.teachers: dict[str, Tally] = {}
-        """Of several teachers, by name: against each of them, on the texts that it was asked for."""
+        """Of several teachers, by name: against each of them, on the texts that it was asked
+        for."""
         self._units: dict[bytes, dict[str, float]] = defaultdict(lambda: defaultdict(float))
         self._counts: dict[bytes, dict[str, int]] = defaultdict(lambda: defaultdict(int))
         self._bins: dict[bytes, np.ndarray] = defaultdict(lambda: np.zeros((BINS, 3)))
@@ -223,7 +226,10 @@ class Tally:
         return self.teachers[name]
 
     def add(self, unit: bytes, measures: dict[str, Tensor]) -> None:
-        """Count the measures of N tokens; those without what is there have none of what needs it."""
+        """Count the measures of N tokens.
+
+        Tokens that have no outcome have none of the measures that need it.
+        """
         sums, counts = self._units[unit], self._counts[unit]
         counts["tokens"] += max(map(len, measures.values()))
         for name, values in measures.items():
@@ -285,7 +291,10 @@ class Tally:
         return found | {name: value for one in more for name, value in one.items()}
 
     def minus(self, other: "Tally") -> dict[str, float | None]:
-        """Mean differences of this arm from another one on the same tokens, with paired standard errors."""
+        """Mean differences of this arm from another one on the same tokens.
+
+        They come with paired standard errors.
+        """
         found: dict[str, float | None] = {}
         for name in [n for n in JUDGED if n in self._names()]:
             gap = self._column(name) - other._column(name)
@@ -322,9 +331,13 @@ class Tally:
         return [*names, *(["ece"] if self._bins else [])]
 
     def _column(self, name: str) -> np.ndarray:
-        """[units that have it] sums of a measure, whose total over the number of tokens is that measure."""
+        """[units that have it] sums of a measure.
+
+        Their total over the number of tokens is that measure.
+        """
         if name == "ece":
-            # |gap| is sign * gap: each unit's part of it, which is linear in the units while no sign turns.
+            # |gap| is sign * gap: each unit's part of it.
+            # That is linear in the units while no sign turns.
             # Units stand in the order of their counts, which `_mean` pairs these with.
             bins = np.stack([self._bins[unit] for unit in self._counts if unit in self._bins])
             gaps = bins[..., _CORRECT] - bins[..., _CONFIDENCE]
@@ -332,7 +345,10 @@ class Tally:
         return np.array([sums[name] for sums in self._units.values() if name in sums])
 
     def _mean(self, name: str, sums: np.ndarray) -> tuple[float, float | None]:
-        """A measure's mean over tokens and its standard error, units being independent: the ratio estimator's."""
+        """A measure's mean over tokens and its standard error, by the ratio estimator.
+
+        The units are independent.
+        """
         counts = [counts[name] for counts in self._counts.values() if name in counts]
         return ratio_mean(sums, np.array(counts, np.float64))
 
@@ -342,7 +358,10 @@ Noted = list[tuple[str | None, bytes, dict[str, np.ndarray]]]
 
 
 class Notes(Tally):
-    """What would be added to a tally: to be counted later, where the rows of all ranks come together in their order."""
+    """What would be added to a tally, to be counted later.
+
+    It is counted where the rows of all ranks come together in their order.
+    """
 
     def __init__(self, noted: Noted | None = None, teacher: str | None = None) -> None:
         super().__init__()

@@ -1,11 +1,12 @@
-"""Stage `evaluate`: teacher and students on the same held-out tokens, one model in memory at a time.
+"""Stage `evaluate`: teacher and students on the same held-out tokens.
 
-The teacher is never loaded: its numbers come from the stored targets. Rows go through a model one
-by one and its logits a chunk of tokens at a time, so memory grows with one row and not with the
-held-out set. `evaluation.json` is written last: that it exists means that the evaluation is done.
+The teacher is never loaded: its numbers come from the stored targets. Only one model is in memory.
+Rows go through it one by one and its logits a chunk of tokens at a time, so memory grows with one
+row and not with the held-out set. `evaluation.json` is written last: that it exists means that the
+evaluation is done.
 
-Several ranks have rows and prompts dealt out, each with a whole model: none is sharded here. Gradients,
-the check of all rows before and the files are the first rank's.
+Several ranks have rows and prompts dealt out, each with a whole model: none is sharded here.
+Gradients, the check of all rows before and the files are the first rank's.
 """
 
 import json
@@ -56,10 +57,9 @@ CLASS_NUMBERS = (
 
 
 def run(job: Job) -> StageResult:
-    """Measure every arm on the held-out rows; write `evaluation.json` into the student's training run.
+    """Measure every arm on the held-out rows, and write `evaluation.json`.
 
-    Raises:
-        UsageError: nothing is held out, or a student cannot read the held-out rows.
+    The file goes into the student's training run.
     """
     started = time.monotonic()
     store = open_store(job.recipe.storage.dir, job.recipe.storage.sources)
@@ -80,7 +80,8 @@ def run(job: Job) -> StageResult:
     if not held_out.rows:
         named = job.recipe.evaluate.names_rows
         raise UsageError(
-            f"{'evaluate' if named else 'data.holdout'}: no held-out rows, so nothing to evaluate on. "
+            f"{'evaluate' if named else 'data.holdout'}: no held-out rows, so nothing to evaluate "
+            "on. "
             f"{'Name other rows' if named else 'Set data.holdout higher, or to 0: no evaluation'}."
         )
     # As the training was: it is paid for, and was said to go on.

@@ -1,8 +1,9 @@
-"""What a report shows of held-out rows besides means: distributions, the KL by position, a few rows token by token.
+"""What a report shows of held-out rows besides means.
 
-Sums and a handful of rows: its size does not grow with the held-out set. Bin edges are fixed, so
-that runs can be laid over one another; bin i holds edges[i] <= x < edges[i + 1], and the last one
-whatever is beyond as well.
+It shows distributions, the KL by position, and a few rows token by token. All of it is sums and a
+handful of rows: its size does not grow with the held-out set. Bin edges are fixed, so that runs can
+be laid over one another. Bin i holds edges[i] <= x < edges[i + 1], and the last one whatever is
+beyond as well.
 
 Letters: n tokens of a chunk, V the model's vocabulary, K entries of a soft target.
 """
@@ -121,7 +122,10 @@ class ArmViews:
         return ViewNotes(self._shown)
 
     def by_position(self) -> list[dict[str, float | int | None]]:
-        """Up to the last bin that has tokens: their number, the mean and its standard error over prompts."""
+        """Give each bin's tokens, its mean and its standard error over prompts.
+
+        The last bin is the last that has tokens.
+        """
         sums = np.stack(list(self._sums.values()))
         last = int(np.flatnonzero(sums[:, 1].sum(0)).max(initial=-1))
         found: list[dict[str, float | int | None]] = []
@@ -133,7 +137,10 @@ class ArmViews:
 
 
 class ViewNotes(ArmViews):
-    """What would be gathered: to be counted later, where the rows of all ranks come together in their order."""
+    """What would be gathered, to be counted later.
+
+    It is counted where the rows of all ranks come together in their order.
+    """
 
     def __init__(self, shown: Mapping[bytes, Any]) -> None:
         super().__init__(shown)
@@ -320,7 +327,10 @@ def _unscored(spans: np.ndarray, n: int) -> Iterator[_Unscored]:
 
 
 def _shown(row: Mapping[str, Any], targets: SoftTargets) -> dict[str, Any]:
-    """A row of the teacher's for people, cut: scored tokens, the unscored before each span, what the teacher says."""
+    """A row of the teacher's for people, cut to what is shown.
+
+    It has scored tokens, the unscored ones before each span, and what the teacher says.
+    """
     ids, n = row["token_ids"], len(targets.token_logprob)
     before, *between = _unscored(row["spans"], n)
     best = torch.as_tensor(targets.logprobs).topk(min(BEST, targets.probabilities.shape[1]), dim=-1)

@@ -1,8 +1,9 @@
-"""What an endpoint said of the tokens of its answer, as soft targets of the ids that these are; or why it is not.
+"""What an endpoint said of the tokens of its answer, as soft targets of the ids that these are.
 
-Where it gives ids, they are the row's. Else they are those of the answer's text, prompt and answer
-tokenized as one: then each name must be one that the id at its place can have. Of the other names at a
-place those are entries that only one id can have; the others are in the tail.
+Or it is said why it is not. Where the endpoint gives ids, they are the row's. Else the ids are
+those of the answer's text, prompt and answer tokenized as one: then each name must be one that the
+id at its place can have. Of the other names at a place those are entries that only one id can have;
+the others are in the tail.
 """
 
 from collections import Counter
@@ -86,8 +87,8 @@ class Alignment:
         if not self._nameless:
             return []
         return [
-            f"{self._nameless} of {self._nameless + self._named} entries that the endpoint gave are in the "
-            "tail: their names are not those of one id alone"
+            f"{self._nameless} of {self._nameless + self._named} entries that the endpoint gave "
+            "are in the tail: their names are not those of one id alone"
         ]
 
     def _ids(self, said: Mapping[str, Any], prompt: Text, completion: Completion) -> list[int]:
@@ -104,8 +105,8 @@ class Alignment:
         if start != len(prompt.token_ids) or text.token_ids[:start] != prompt.token_ids:
             shared = _same(prompt.token_ids, text.token_ids[:start])
             raise _fault(
-                f"the answer's text and its prompt, as one, have other tokens from index {shared} on than "
-                "the prompt that the endpoint was given"
+                f"the answer's text and its prompt, as one, have other tokens from index {shared} "
+                "on than the prompt that the endpoint was given"
             )
         end = start + int(text.spans[0, 1]) if len(text.spans) else len(text.token_ids)
         return text.token_ids[start:end]
@@ -122,7 +123,8 @@ class Alignment:
         if theirs is not None and theirs != ours:
             at = _same(ours, theirs)
             raise _fault(
-                f"the endpoint read another prompt: index {at} is id {theirs[at]}, expected {ours[at]}"
+                f"the endpoint read another prompt: index {at} is id {theirs[at]}, expected "
+                f"{ours[at]}"
             )
 
     def _given(self, ids: list[int], completion: Completion) -> list[int]:
@@ -130,7 +132,8 @@ class Alignment:
         for n, one in enumerate(ids):
             if not (isinstance(one, int) and 0 <= one < self._vocab_size):
                 raise _fault(
-                    f"position {n}: id {one!r}, expected one of the vocabulary of {self._vocab_size}"
+                    f"position {n}: id {one!r}, expected one of the vocabulary of "
+                    f"{self._vocab_size}"
                 )
         text, said = str(tokenizer.decode(ids, skip_special_tokens=True)), completion.text
         # A character that was cut in two is U+FFFD to some.
@@ -141,13 +144,16 @@ class Alignment:
         if completion.finish_reason == "stop" and (not ids or ids[-1] not in self._ends):
             last = ids[-1] if ids else None
             raise _fault(
-                f"the answer came to its end, and its last id is {last}, expected a token that ends one "
-                f"({sorted(self._ends)}): a student would not learn to stop"
+                f"the answer came to its end, and its last id is {last}, expected a token that "
+                f"ends one ({sorted(self._ends)}): a student would not learn to stop"
             )
         return ids
 
     def _refuse_others(self, ids: Sequence[int], tokens: Sequence[Any]) -> list[bytes]:
-        """What each position begins inside of (`unfinished`), where all tokens have names that their ids can have."""
+        """What each position begins inside of (`unfinished`).
+
+        It is refused where a token has a name that its id cannot have.
+        """
         before, text = [b""], b""
         for n, ((name, *_), token) in enumerate(zip(tokens, ids, strict=False)):
             fits = name == token
@@ -171,7 +177,7 @@ class Alignment:
         return f"id {token} ({self._names.alone(token) if name is None else name!r})"
 
     def _gives_bytes(self, ids: Sequence[int], tokens: Sequence[Any]) -> bool:
-        """Whether the server gives the bytes of a token where what it decodes to alone is something else."""
+        """Whether the server gives the bytes of a token that alone decodes to something else."""
         told = {
             self._names.exact(token) == _bytes(name)
             for (name, *_), token in zip(tokens, ids, strict=True)
@@ -202,21 +208,23 @@ class Alignment:
                 nameless += 1
             elif abs(value - entries.setdefault(found, value)) > MOST_OVER:
                 raise _fault(
-                    f"position {n}: {self._id(found)} has {entries[found]:.6g}, and {value:.6g} beside it"
+                    f"position {n}: {self._id(found)} has {entries[found]:.6g}, and {value:.6g} "
+                    "beside it"
                 )
         if not nameless and len(listed) < self._kept.k:
             raise _fault(
                 f"position {n}: {len(listed)} entries, expected generate.keep.k, {self._kept.k}"
             )
-        # The token that is there may be listed though it is none of the best. Of names that are alike
+        # The token that is there may be listed though it is none of the best. Of names that are
+        # alike a server may leave out all but one, so that nothing is known of the others.
         # a server may leave out all but one, so that nothing is known of the others.
         own_names = (token, _hashable(one[0]))
         others = [value for name, value in listed if name not in own_names]
         least = min(others, default=0.0)
         if not nameless and len(others) == len(listed) and own > least + MOST_OVER:
             raise _fault(
-                f"position {n}: {self._id(token)} is there with {own:.6g} and is no entry, and an entry has "
-                f"{least:.6g}"
+                f"position {n}: {self._id(token)} is there with {own:.6g} and is no entry, and an "
+                f"entry has {least:.6g}"
             )
         outside = 0.0 if nameless else least
         return _Position(entries, own, outside, nameless)
@@ -259,7 +267,10 @@ class Alignment:
 
 
 def _rounding(tokens: Sequence[Any]) -> float:
-    """Nats that the numbers were rounded by, where all have few decimals; 0: they have as many as float32."""
+    """Nats that the numbers were rounded by, where all have few decimals.
+
+    It is 0 where they have as many as float32.
+    """
     numbers = np.array([value for one in tokens for value in (one[1], *one[2][1::2])], np.float64)
     for decimals in range(1, 8):
         if np.allclose(np.round(numbers, decimals), numbers, rtol=0, atol=1e-12):
@@ -272,7 +283,8 @@ def _number(n: int, value: Any, what: str) -> float:
     real = isinstance(value, int | float) and not isinstance(value, bool)
     if not real or not _NONE < value <= MOST_OVER:  # NaN is neither
         raise _fault(
-            f"position {n}: {what} has the log-probability {value}, expected one of the whole vocabulary"
+            f"position {n}: {what} has the log-probability {value}, expected one of the whole "
+            "vocabulary"
         )
     return min(float(value), 0.0)
 

@@ -1,4 +1,7 @@
-"""Stage `generate`: the author (usually the teacher) writes completions; rows are committed as they finish."""
+"""Stage `generate`: the author (usually the teacher) writes completions.
+
+Its rows are committed as they finish.
+"""
 
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -149,7 +152,10 @@ class _Writing:
         share: Share[GenerationRequest],
         keeping: Callable[[dict[str, Any], "Bounded"], dict[str, Any]] | None,
     ) -> None:
-        """`keeping`: makes a row of soft targets of a generation's row and what it was drawn from."""
+        """Take `keeping`, which makes rows of soft targets.
+
+        It makes one of a generation's row and of what that was drawn from.
+        """
         self._job, self._keeping = job, keeping
         self._store = store
         self._share = share
@@ -197,8 +203,8 @@ class _Writing:
         if not self._unanswered:
             return []
         return [
-            f"calls that came to nothing count in the budget in full, and it had no more for another "
-            f"try of {len(self._unanswered)} of them (the last: {self._unanswered[-1]})"
+            "calls that came to nothing count in the budget in full, and it had no more for "
+            f"another try of {len(self._unanswered)} of them (the last: {self._unanswered[-1]})"
         ]
 
     def _keep(self, completion: Completion) -> None:
@@ -230,7 +236,10 @@ class _Writing:
         self._share.add(rows, tokens=len(text.token_ids) - text.prompt_tokens)
 
     def _text(self, prompt: Text, completion: Completion) -> tuple[Completion, Text]:
-        """A completion as tokens, with the distributions that they were drawn from where these are kept."""
+        """A completion as tokens, with distributions where these are kept.
+
+        They are the distributions that the tokens were drawn from.
+        """
         if self._alignment is not None:
             completion = self._alignment.written(prompt, completion)
             self._misaligned = None
@@ -239,10 +248,9 @@ class _Writing:
         return completion, written(prompt, completion)
 
     def _refuse(self, request: GenerationRequest, error: RowError) -> None:
-        """An answer that makes no row; where none has log-probabilities of use, the endpoint is to blame.
+        """Reject a row for an answer that makes none.
 
-        Raises:
-            UsageError: so many have none that it does not pay to ask for more.
+        Where no answer has log-probabilities of use, the endpoint is to blame.
         """
         if error.reason != REASON or self._misaligned is None:
             self._share.refuse(request, error)
@@ -252,8 +260,9 @@ class _Writing:
         if self._misaligned == MOST_MISALIGNED:
             raise UsageError(
                 f"generate.keep: none of the first {MOST_MISALIGNED} answers can be kept with its "
-                f"log-probabilities (the last: {error}). Name as teacher.model the folder whose tokenizer and "
-                "template the endpoint's model has, or remove generate.keep. The answers are kept on disk."
+                f"log-probabilities (the last: {error}). Name as teacher.model the folder whose "
+                "tokenizer and template the endpoint's model has, or remove generate.keep. The "
+                "answers are kept on disk."
             )
 
     def _kept_of(
@@ -267,12 +276,18 @@ class _Writing:
         return {"soft_targets": [self._keeping(row, kept)] if kept else []}
 
     def requests(self) -> Iterator[Request]:
-        """Rendered requests, block by block, those of a block in the order of their lengths, as claims have it."""
+        """Give rendered requests, block by block, as claims have it.
+
+        Those of a block come in the order of their lengths.
+        """
         for claims, block in self._share.blocks():
             yield from self.rendered(block, claims=claims)
 
     def rendered(self, block: list[GenerationRequest], *, claims: int = 0) -> Iterator[Request]:
-        """What can be rendered of some requests, each taken when it is asked for; the others are rejected."""
+        """What can be rendered of some requests, each taken when it is asked for.
+
+        The others are rejected.
+        """
         ready = []
         for request, row in zip(block, self._prompts(block), strict=True):
             try:

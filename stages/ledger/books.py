@@ -1,8 +1,9 @@
-"""The ledger behind plan, generate and score: what a recipe asks of its store, joined with what the store can serve.
+"""The ledger behind plan, generate and score.
 
-planned = committed + rejected + pending. Requests and rows are joined in DuckDB by what was asked
-for, never by position: prompts that are reordered, extended or repeated find their rows, and ten
-million need no Python objects.
+It holds what a recipe asks of its store, joined with what the store can serve. planned = committed
++ rejected + pending. Requests and rows are joined in DuckDB by what was asked for, never by
+position: prompts that are reordered, extended or repeated find their rows, and ten million need no
+Python objects.
 """
 
 from collections import Counter
@@ -81,7 +82,10 @@ class Ledger:
 
 
 class Pending(Generic[T]):
-    """Requests still to do, in blocks: slices of what was planned, in an order that every worker computes alike."""
+    """Requests still to do, in blocks, which are slices of what was planned.
+
+    They are in an order that every worker computes alike.
+    """
 
     def __init__(self, rows: pa.Table, planned: int, make: Callable[[pa.Table], list[T]]) -> None:
         """`rows` are in the order of a `number`, their place among the `planned` requests."""
@@ -218,7 +222,10 @@ class Books:
         return f"({of} OR g.author_id = '{earlier}' AND g.source_key NOT IN ({here}))"
 
     def labels(self) -> int:
-        """How many of the rows to train on have a gold label; the inputs are recorded, or published."""
+        """How many of the rows to train on have a gold label.
+
+        Their inputs are recorded, or published.
+        """
         if self.published is not None:
             return self.published.labels()
         ((labels,),) = self.index.rows(
@@ -228,7 +235,10 @@ class Books:
         return int(labels)
 
     def lost(self, given_author: str | None) -> int:
-        """Inputs whose prompts row, or whose rows of given text, the store has no more: only if some were withdrawn."""
+        """Inputs whose prompts row, or whose rows of given text, the store has no more.
+
+        There are some only if rows were withdrawn.
+        """
         lost = 0
         if self._withdrew("prompts"):
             ((lost,),) = self.index.rows(
@@ -252,7 +262,8 @@ class Books:
             return {}
         names = ["", *self.store.sources]
         found = self.index.rows(f"""
-            SELECT {column} // {place_of(FIRST, 0)}, count(*) FROM {view} WHERE {column} IS NOT NULL GROUP BY ALL""")
+            SELECT {column} // {place_of(FIRST, 0)}, count(*) FROM {view}
+            WHERE {column} IS NOT NULL GROUP BY ALL""")
         return {names[part]: count for part, count in sorted(found) if part}
 
     def place(self, table: TableName, number: int) -> Place:

@@ -1,4 +1,7 @@
-"""The books of `generate`: which completions are there and serve, which are rejected, which are to be made and why."""
+"""The books of `generate`: which completions are there and serve, and which are to be made.
+
+They also say which are rejected, and why one is to be made.
+"""
 
 from typing import Any
 
@@ -17,24 +20,22 @@ SERVES = """
     CASE WHEN finish_reason <> 'length'
     THEN completion_tokens <= {max_tokens} AND prompt_tokens + completion_tokens <= {context}
     ELSE completion_tokens = {max_tokens}
-        OR (prompt_tokens + completion_tokens = {context} AND completion_tokens < {max_tokens}) END"""
+        OR (prompt_tokens + completion_tokens = {context} AND completion_tokens < {max_tokens})
+    END"""
 """Whether a row is what a run with this `max_tokens` and this context would have made."""
 ANSWERS_SERVE = """
     prompt_tokens + completion_tokens <= {context}
         AND (finish_reason <> 'length' OR place IN (SELECT place FROM cut_alike))"""
-"""The same of an endpoint, which counts other tokens than those of the row: an answer that ended is whole."""
+"""The same of an endpoint, which counts other tokens than those of the row: an answer that ended is
+whole."""
 
 
 def generation_ledger(
     books: Books, *, author_id: str, context_tokens: int, author_parts: dict[str, Any] | None = None
 ) -> Ledger:
-    """The books of `generate`; leaves the table `asked` (number, held_out, place, stored, tokens, reason) behind.
+    """The books of `generate`.
 
-    Args:
-        books: The recipe's prompts and the store's rows.
-        author_id: Who is to write.
-        context_tokens: What the author reads at once.
-        author_parts: What the author's identity is made of, to say how it differs from another's.
+    They leave the table `asked` (number, held_out, place, stored, tokens, reason) behind.
     """
     generate = books.generate
     sampling = _sampling_id(books, author_id)
@@ -47,17 +48,21 @@ def generation_ledger(
     )
     books.index.execute(f"""
         CREATE TEMP TABLE asked AS
-        SELECT number, held_out, place, coalesce(stored, 0) > 0 AS stored, tokens, reason::reject_reason AS reason
+        SELECT number, held_out, place, coalesce(stored, 0) > 0 AS stored, tokens,
+            reason::reject_reason AS reason
         FROM (
-            SELECT prompt_key, held_out, number * {generate.samples} + s AS number, s::INT AS sample_index
+            SELECT prompt_key, held_out, number * {generate.samples} + s AS number,
+                s::INT AS sample_index
             FROM inputs, range({generate.samples}) AS samples(s) WHERE first
         ) LEFT JOIN (
-            SELECT prompt_key, sample_index, count(*) AS stored, min(place) FILTER ({serves}) AS place,
+            SELECT prompt_key, sample_index, count(*) AS stored,
+                min(place) FILTER ({serves}) AS place,
                 arg_min(completion_tokens, place) FILTER ({serves}) AS tokens
             FROM generations WHERE sampling_id = '{sampling}' GROUP BY ALL
         ) USING (prompt_key, sample_index) LEFT JOIN (
             SELECT prompt_key, sample_index, min(reason) AS reason
-            FROM rejects WHERE context_id = '{sampling}' AND limit_tokens = {context_tokens} GROUP BY ALL
+            FROM rejects WHERE context_id = '{sampling}' AND limit_tokens = {context_tokens}
+            GROUP BY ALL
         ) USING (prompt_key, sample_index)""")
     ledger = Ledger()
     for served, reason, stored, count, tokens in books.index.rows(
@@ -76,7 +81,8 @@ def _cut_alike(books: Books, sampling: str) -> pa.Table:
     """`place` of an endpoint's answers that were cut by the limit that the recipe has."""
     cut: dict[str, list[tuple[int, int]]] = {}
     for (place,) in books.index.rows(f"""
-        SELECT place FROM generations WHERE sampling_id = '{sampling}' AND finish_reason = 'length'"""):
+        SELECT place FROM generations
+        WHERE sampling_id = '{sampling}' AND finish_reason = 'length'"""):
         shard, row = books.place("generations", place)
         cut.setdefault(shard, []).append((row, place))
     found = []
@@ -101,9 +107,11 @@ def pending_generations(books: Books, *, author_id: str) -> Pending[GenerationRe
     generate = books.generate
     sampling = _sampling_id(books, author_id)
     rows = books.index.on_disk(f"""
-        SELECT a.number, i.prompt_key::BLOB AS prompt_key, (a.number % {generate.samples})::INT AS sample_index, p.place
+        SELECT a.number, i.prompt_key::BLOB AS prompt_key,
+            (a.number % {generate.samples})::INT AS sample_index, p.place
         FROM asked a JOIN inputs i ON i.number = a.number // {generate.samples}
-        JOIN (SELECT prompt_key, min(place) AS place FROM prompts GROUP BY ALL) p ON p.prompt_key = i.prompt_key
+        JOIN (SELECT prompt_key, min(place) AS place FROM prompts GROUP BY ALL) p
+            ON p.prompt_key = i.prompt_key
         WHERE a.place IS NULL AND a.reason IS NULL ORDER BY a.number""")
     ((planned,),) = books.index.rows("SELECT count(*) FROM asked")
 
@@ -128,7 +136,10 @@ def _sampling_id(books: Books, author_id: str) -> str:
 def _explain_new(
     books: Books, ledger: Ledger, author_id: str, author_parts: dict[str, Any]
 ) -> None:
-    """Of the new ones, tell those that the store has from another author or under other settings."""
+    """Tell of new requests that the store has them otherwise.
+
+    It has them from another author or under other settings.
+    """
     generate = books.generate
     sampling = _sampling_id(books, author_id)
     others = f"FROM generations WHERE sampling_id <> '{sampling}' AND source_key IS NULL"
@@ -138,7 +149,8 @@ def _explain_new(
     for other, newest, count in books.index.rows(f"""
         SELECT o.other, max(o.newest), count(*) FROM asked a
         JOIN inputs i ON i.number = a.number // {generate.samples}
-        JOIN (SELECT prompt_key, arg_max(sampling_id, place) AS other, max(place) AS newest {others} GROUP BY ALL) o
+        JOIN (SELECT prompt_key, arg_max(sampling_id, place) AS other, max(place) AS newest {others}
+            GROUP BY ALL) o
             ON o.prompt_key = i.prompt_key
         WHERE a.place IS NULL AND NOT a.stored AND a.reason IS NULL GROUP BY ALL"""):
         sha256, _ = books.place("generations", newest)

@@ -1,7 +1,8 @@
-"""What a recipe asks of its store, one request at a time: names made from content, and how much each will take.
+"""What a recipe asks of its store, one request at a time: names made from content, and sizes.
 
-A request is named by a reuse key (what must agree for a row to serve it); coverage columns (K,
-max_tokens and finish reason) say how far a row serves. Nothing here imports torch.
+A size is how much a request will take. A request is named by a reuse key (what must agree for a row
+to serve it). Coverage columns (K, max_tokens and finish reason) say how far a row serves. Nothing
+here imports torch.
 """
 
 from collections.abc import Mapping, Sequence
@@ -96,7 +97,10 @@ def sampling_settings(generate: Generate, data: Data) -> dict[str, Any]:
 
 
 def sampling_id(author_id: str, settings: dict[str, Any]) -> str:
-    """Name of an author with sampling settings; with a prompt and a sample index it names a completion."""
+    """Name of an author with sampling settings.
+
+    With a prompt and a sample index it names a completion.
+    """
     return content_id("sampling", author=author_id, settings=settings)
 
 
@@ -128,7 +132,10 @@ def labelled_key(token_ids: np.ndarray | list[int], label: int | None) -> bytes:
 def tagged_key(
     token_ids: np.ndarray | list[int], indices: np.ndarray, labels: Sequence[int] | None
 ) -> bytes:
-    """`tokens_key` of a text with targets at tokens' own positions: the tokens, which have one, and what is there."""
+    """`tokens_key` of a text with targets at tokens' own positions.
+
+    It is of the tokens, of which have a target, and of what is there.
+    """
     ids = np.asarray(token_ids, dtype="<i4").tobytes()
     spans = spans_at(indices).reshape(-1).tolist()
     own = {} if labels is None else {"labels": list(labels)}
@@ -153,8 +160,8 @@ def read_of(
         != row["tokens_key"]
     ):
         raise IntegrityError(
-            f"generations {row['key'].hex()}: its tokens are hidden otherwise than when it was written. "
-            "Name another storage.dir: the texts are then read again."
+            f"generations {row['key'].hex()}: its tokens are hidden otherwise than when it was "
+            "written. Name another storage.dir: the texts are then read again."
         )
     return {"token_ids": found.token_ids, "spans": found.spans, "labels": found.labels}
 
@@ -175,7 +182,11 @@ def author_context(generate: Generate | None, model_tokens: int) -> int:
 
 
 def generation_key(sampling: str, prompt_key: bytes, sample_index: int) -> bytes:
-    """Reuse key of a completion: author and sampling settings (`sampling_id`), the prompt, which sample."""
+    """Reuse key of a completion.
+
+    It is made of author and sampling settings (`sampling_id`), of the prompt, and of which sample
+    it is.
+    """
     return content_key("generation", sampling=sampling, prompt=prompt_key, sample=sample_index)
 
 
@@ -187,7 +198,10 @@ def target_key(teacher_id: str, tokens: bytes) -> bytes:
 def target_row_key(
     teacher_id: str, tokens: bytes, kept: Kept, *, bits: int, engine: str = HF
 ) -> bytes:
-    """Key of a row of soft targets: what it is of, what was kept, in how many bits, and what ran the teacher."""
+    """Key of a row of soft targets.
+
+    It is made of what the row is of, what was kept, in how many bits, and what ran the teacher.
+    """
     ran = {} if engine == HF else {"engine": engine}  # there was no other at first
     return content_key(
         "soft_targets_row",
@@ -199,7 +213,10 @@ def target_row_key(
 
 
 def captured_key(target: bytes, capture: str) -> bytes:
-    """Name of a request for targets (their reuse key) and features (`capture_id` of all that are asked for)."""
+    """Name of a request for targets and features.
+
+    It is made of the targets' reuse key and of the `capture_id` of all features that are asked for.
+    """
     return content_key("capture", target=target, capture=capture)
 
 

@@ -21,15 +21,16 @@ from .routes import EVERYTHING, keys_where, take_route
 TOKEN_BYTES = 4
 AS_ASKED = f"""row_number() OVER (ORDER BY s.tokens, s.tokens_key) AS number,
             s.tokens * {TOKEN_BYTES} + s.scored::BIGINT * s.entries * 8 AS bytes"""
-"""SQL: where a row of `scored` is among those that were asked for, and about what its targets take."""
+"""SQL: where a row of `scored` is among those asked for, and about what its targets take."""
 PART_ROWS = 2_000_000  # rows whose equal tokens are looked for at once
 
 
 def choose_generations(books: Books, *, author_id: str) -> None:
     """Make the views `chosen` and `judged`: what a recipe goes on with, and its held-out part.
 
-    `chosen`: the best row of each request, after `select.where`; comes after `generation_ledger` where text is made.
-    `judged`: held-out rows in the order of their hashes, up to `evaluate.tokens` scored tokens, one at least.
+    `chosen`: the best row of each request, after `select.where`; comes after `generation_ledger`
+    where text is made. `judged`: held-out rows in the order of their hashes, up to
+    `evaluate.tokens` scored tokens, one at least.
     """
     if books.published is not None:
         books.index.execute(f"CREATE OR REPLACE VIEW chosen AS {_published(books)}")
@@ -68,9 +69,10 @@ def _published(books: Books) -> str:
         books.index.register("allowed", _selected(books, books.recipe.select.where))
         where += " AND p.key IN (SELECT key FROM allowed)"
     return f"""
-        SELECT p.key::UUID AS key, p.prompt_key::UUID AS prompt_key, p.tokens_key::UUID AS tokens_key, g.place,
-            held_out, p.number, tokens, p.scored
-        FROM published p LEFT JOIN (SELECT key, place FROM generations) g ON g.key = p.key::UUID {where}"""
+        SELECT p.key::UUID AS key, p.prompt_key::UUID AS prompt_key,
+            p.tokens_key::UUID AS tokens_key, g.place, held_out, p.number, tokens, p.scored
+        FROM published p
+        LEFT JOIN (SELECT key, place FROM generations) g ON g.key = p.key::UUID {where}"""
 
 
 def _judge(books: Books) -> None:
@@ -93,14 +95,15 @@ def _judge(books: Books) -> None:
 def text_rows(books: Books) -> pa.Table:
     """Black-box: rows to train and be judged on; text that is judged on is not trained on.
 
-    Returns held_out, prompt_key, place (of generations), tokens, scored, and as all that a snapshot is
-    made of: number (in the order in which they were asked for), bytes (about, when decoded).
+    Returns held_out, prompt_key, place (of generations), tokens, scored, and as all that a snapshot
+    is made of: number (in the order in which they were asked for), bytes (about, when decoded).
     """
     books.index.use_all_memory()
     return books.index.table(f"""
         SELECT held_out, prompt_key::BLOB AS prompt_key, place, tokens, scored,
-            row_number() OVER (ORDER BY number, key) AS number, tokens * {TOKEN_BYTES} AS bytes FROM (
-            SELECT * FROM chosen WHERE NOT held_out AND tokens_key NOT IN (SELECT tokens_key FROM judged)
+            row_number() OVER (ORDER BY number, key) AS number, tokens * {TOKEN_BYTES} AS bytes
+        FROM (SELECT * FROM chosen
+            WHERE NOT held_out AND tokens_key NOT IN (SELECT tokens_key FROM judged)
             UNION ALL SELECT * FROM judged)""")
 
 
@@ -169,19 +172,19 @@ def _view_scored(
     features: FeatureSql,
     asked: str,
 ) -> None:
-    """Make the view `scored`: each text once, with the stored row that can be reused for it or why there is none.
+    """Make the view `scored`: each text once, with the stored row to reuse or why there is none.
 
     Its columns: tokens_key, key, tokens, scored, held_out, texts (how many have these tokens);
-    stored (whether there is a row of this teacher at all), reason (why it was rejected), target (the
-    row to reuse, its place), entries (that it has of a token, at most) and lacks (what the nearest row
-    lacks, for `reason`); complete (whether its features are there, or it needs none), fewer (whether
-    some have too few bits), text_key and the place of each feature's row.
+    stored (whether there is a row of this teacher at all), reason (why it was rejected), target
+    (the row to reuse, its place), entries (that it has of a token, at most) and lacks (what the
+    nearest row lacks, for `reason`); complete (whether its features are there, or it needs none),
+    fewer (whether some have too few bits), text_key and the place of each feature's row.
     """
     with_features = capture_id(teacher_id, captured(books.score.features))
     bits, engine = books.recipe.storage.mantissa_bits, books.recipe.scoring_engine
     # Held-out rows are judged on reference targets; where nobody can make them, on what there is.
     judging = "coalesce(reference, trained)" if books.lenient else "reference"
-    # Not materialized: DuckDB then reads of each step only the columns and parts that are asked for.
+    # Not materialized: DuckDB then reads of each step only the columns and parts asked for.
     books.index.execute(f"""
         CREATE OR REPLACE VIEW scored AS
         WITH
@@ -248,7 +251,7 @@ class _Count(NamedTuple):
 
 
 def _counts(books: Books, feature_bytes: str) -> Iterator[_Count]:
-    """What `scored` holds; `feature_bytes`: SQL of what a row lacks. A part at a time, to bound the memory."""
+    """What `scored` holds, by parts to bound memory; `feature_bytes`: SQL of what a row lacks."""
     ((stored,),) = books.index.rows("SELECT count(*) FROM generations")
     parts = 1 + stored // PART_ROWS
     for part in range(parts):
@@ -270,9 +273,8 @@ def _take_part(books: Books, part: int, *, parts: int) -> None:
 def target_rows(books: Books) -> pa.Table:
     """White-box: rows to train and be judged on, after `target_ledger`.
 
-    A row whose features the loss needs and nobody could make is not trained on.
-
-    Returns held_out, prompt_key, place (of soft_targets), tokens, scored, number, bytes (`text_rows`).
+    A row whose features the loss needs and nobody could make is not trained on. Returns held_out,
+    prompt_key, place (of soft_targets), tokens, scored, number, bytes (`text_rows`).
     """
     books.index.use_all_memory()
     needed = "AND s.complete" if books.recipe.loss.features else ""
@@ -283,7 +285,7 @@ def target_rows(books: Books) -> pa.Table:
 
 
 def feature_places(books: Books) -> pa.Table:
-    """Of the rows to train on, after `target_ledger`: `place` of the features that the loss needs, each once."""
+    """Each `place` of features that the loss needs of rows to train on, after `target_ledger`."""
     asked = captured(books.score.features)
     needed = learnt(books.recipe.loss.features, books.score.features)
     places = " UNION ".join(
@@ -297,9 +299,10 @@ def feature_places(books: Books) -> pa.Table:
 def pending_targets(
     books: Books, *, teacher_id: str, vocab_size: int, masks: Masks | None = None
 ) -> Pending[TargetRequest]:
-    """What is still to be scored, after `target_ledger`: rows of one kind and like length beside one another.
+    """What is still to be scored, after `target_ledger`.
 
-    `masks`: how tokens are hidden from the teacher; None: none are.
+    Rows of one kind and like length are beside one another. `masks`: how tokens are hidden from
+    the teacher; None: none are.
     """
     score = books.score
     books.index.use_all_memory()
@@ -317,10 +320,12 @@ def pending_targets(
         for n in range(len(asked))
     )
     rows = books.index.on_disk(f"""
-        SELECT s.number, s.tokens_key::BLOB AS tokens_key, s.key::BLOB AS key, c.prompt_key::BLOB AS prompt_key,
-            c.place, s.tokens, s.held_out, s.target IS NULL AS targets, s.text_key::BLOB AS text_key,
+        SELECT s.number, s.tokens_key::BLOB AS tokens_key, s.key::BLOB AS key,
+            c.prompt_key::BLOB AS prompt_key, c.place, s.tokens, s.held_out,
+            s.target IS NULL AS targets, s.text_key::BLOB AS text_key,
             [{lacking}]::INTEGER[] AS lacking, {label}
-        FROM (SELECT *, row_number() OVER (ORDER BY held_out DESC, tokens, tokens_key) - 1 AS number FROM scored) s
+        FROM (SELECT *, row_number() OVER (ORDER BY held_out DESC, tokens, tokens_key) - 1 AS number
+            FROM scored) s
         JOIN chosen c USING (key) {with_label}
         WHERE (s.target IS NULL OR NOT s.complete) AND s.reason IS NULL ORDER BY s.number""")
     ((planned,),) = books.index.rows("SELECT count(*) FROM scored")
@@ -364,7 +369,7 @@ def _missing(row: Mapping[str, Any], asked: Sequence[Feature]) -> tuple[Feature,
 
 
 def _request_key(teacher_id: str, row: Mapping[str, Any], asked: Sequence[Feature]) -> bytes:
-    """Of the targets; another with features, for a request that fails with them may be done without."""
+    """Key of a request; with features it is another, as one that fails may do without them."""
     target = target_key(teacher_id, row["tokens_key"])
     return captured_key(target, capture_id(teacher_id, asked)) if _missing(row, asked) else target
 
@@ -385,7 +390,8 @@ def _explain_new(
         return
     for other, count in books.index.rows(f"""
         SELECT other, count(*) FROM scored
-        JOIN (SELECT tokens_key, arg_max(teacher_id, place) AS other {others} GROUP BY ALL) USING (tokens_key)
+        JOIN (SELECT tokens_key, arg_max(teacher_id, place) AS other {others} GROUP BY ALL)
+            USING (tokens_key)
         WHERE target IS NULL AND NOT stored AND reason IS NULL GROUP BY other"""):
         parts = books.store.teacher_parts(other)
         how = f"other {different(teacher_parts, parts)}" if teacher_parts and parts else other[:8]

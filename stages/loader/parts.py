@@ -1,4 +1,7 @@
-"""Which samples of a step each rank takes: a function of the step alone, so every rank knows it of all."""
+"""Which samples of a step each rank takes.
+
+It is a function of the step alone, so every rank knows it of all.
+"""
 
 import heapq
 from collections.abc import Sequence
@@ -15,8 +18,8 @@ def part_of(samples: Sequence[Sample], ranks: Ranks, *, group: int | None = None
     Args:
         samples: The step's.
         ranks: Who shares them.
-        group: Samples of a group, of losses between samples: as `whole_groups` counts them, and never
-            split.
+        group: Samples of a group, of losses between samples: as `whole_groups` counts them, and
+            never split.
     """
     if ranks.count == 1:
         return list(samples)

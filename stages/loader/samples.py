@@ -1,7 +1,7 @@
-"""The samples of a snapshot as training steps: whole samples, in an order that only the snapshot and the seed decide.
+"""The samples of a snapshot as training steps of whole samples.
 
-Where the reading stands is a `Cursor`, four integers; from any of them the same steps follow. No
-torch here.
+Only the snapshot and the seed decide the order. Where the reading stands is a `Cursor`, four
+integers; from any of them the same steps follow. No torch is imported here.
 """
 
 from collections.abc import Generator, Iterable, Iterator
@@ -52,7 +52,8 @@ class Sample:
     spans: np.ndarray
     """[S, 2] start and tokens of each scored span."""
     targets: SoftTargets | None
-    """[N] at the positions that predict the spans' tokens, summing to 1; None: cross-entropy only."""
+    """[N] at the positions that predict the spans' tokens, summing to 1; None: cross-entropy
+    only."""
     label: int | None = None
     """Gold class of a labelled text; None: it has none."""
     labels: np.ndarray | None = None
@@ -67,7 +68,10 @@ class Sample:
     """Where the targets of several teachers are; None: it has one teacher, or none."""
 
     def of_teachers(self) -> list[tuple[int, SoftTargets]]:
-        """Number of each of several teachers that has scored it, and the targets; without several, of the first."""
+        """Number of each of several teachers that has scored it, and the targets.
+
+        Without several they are those of the first.
+        """
         if self.targets is None:
             return []
         if self.teachers is None:
@@ -123,7 +127,10 @@ class Lengths:
 
 
 class Samples:
-    """The samples of a snapshot, in training order; numbered through all epochs, which follow one another."""
+    """The samples of a snapshot, in training order.
+
+    They are numbered through all epochs, which follow one another.
+    """
 
     def __init__(
         self,
@@ -252,11 +259,11 @@ def steps(
     stop_tokens: int | None = None,
     stop_samples: int | None = None,
 ) -> Generator[Step, None, None]:
-    """Steps from a cursor on: samples in order until the next one would exceed `tokens_per_step`, at least one.
+    """Give steps from a cursor on: samples in order until the next would exceed `tokens_per_step`.
 
-    Epochs follow one another without a seam. Ends before the first step that starts at
-    `stop_tokens` or more, and after
-    `stop_samples` samples of all epochs together.
+    A step has one sample at least. Epochs follow one another without a seam. Steps end before the
+    first one that starts at `stop_tokens` or more, and after `stop_samples` samples of all epochs
+    together.
     """
     held: list[Sample] = []
     with closing(_stream(samples, cursor, stop_samples)) as stream:
@@ -291,8 +298,8 @@ def in_company(steps: Generator[Step, None, None]) -> Generator[Step, None, None
             held = Step(samples=[*held.samples, *step.samples], after=after)
         if held is not None and len(held.samples) == 1:
             raise UsageError(
-                "train.epochs: this training is of one sample in all, and the student's batch norms "
-                "cannot be had of one. Add data."
+                "train.epochs: this training is of one sample in all, and the student's batch "
+                "norms cannot be had of one. Add data."
             )
         if held is not None:
             yield held

@@ -22,17 +22,20 @@ class EngineKind:
     install: str = ""
     """What brings that package."""
     bitsandbytes: bool = False
-    """Whether it runs a model that bitsandbytes quantises while it is loaded, or has quantised before."""
+    """Whether it runs a model that bitsandbytes quantises while it is loaded, or has quantised
+    before."""
     keeps: bool = False
-    """Whether it can say, of each token that it draws, the distribution at temperature 1 that it was drawn from."""
+    """Whether it can say, of each token that it draws, the distribution at temperature 1 that it
+    was drawn from."""
     arguments: tuple[str, ...] | None = None
     """What `generate.engine_args` may name; None: whatever the package takes."""
     remote: bool = False
-    """Whether it asks an endpoint, which gives text: no weights are here, and every call may cost money."""
+    """Whether it asks an endpoint, which gives text: no weights are here, and every call may cost
+    money."""
 
 
-# A recipe that names no engine gets the first one that is installed: `hf`, which needs nothing more,
-# ends the choice.
+# A recipe that names no engine gets the first one that is installed: `hf`, which needs nothing
+# more, ends the choice.
 ENGINES = (
     EngineKind(
         name="vllm",
@@ -59,11 +62,13 @@ ENGINES = (
 )
 _SHARDS = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
 ONLY_SPEED = frozenset(
-    "batch_size block_size data_parallel_size disable_log_stats distributed_executor_backend download_dir "
-    "enable_chunked_prefill enable_prefix_caching enforce_eager gpu_memory_utilization "
-    "max_num_batched_tokens max_num_seqs pipeline_parallel_size swap_space tensor_parallel_size".split()
+    "batch_size block_size data_parallel_size disable_log_stats distributed_executor_backend "
+    "download_dir enable_chunked_prefill enable_prefix_caching enforce_eager "
+    "gpu_memory_utilization max_num_batched_tokens max_num_seqs pipeline_parallel_size swap_space "
+    "tensor_parallel_size".split()
 )
-"""Arguments that change how fast a model writes or how much it holds; any other may change what it writes."""
+"""Arguments that change how fast a model writes or how much it holds; any other may change what it
+writes."""
 SCORING = ONLY_SPEED - {"batch_size"}
 """What `score.engine_args` may name."""
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -77,9 +82,10 @@ def gpus_of(arguments: Mapping[str, Any]) -> int:
 
 
 def lora_room(adapter: Mapping[str, Any]) -> int:
-    """The rank that vLLM must make room for, by an adapter's config: its largest, rounded up to one that vLLM has.
+    """The rank that vLLM must make room for, by an adapter's config.
 
-    It makes room for 16 where it is told nothing, and then refuses a larger one.
+    It is the adapter's largest rank, rounded up to one that vLLM has. vLLM makes room for 16 where
+    it is told nothing, and then refuses a larger one.
     """
     rank = max([adapter["r"], *(adapter.get("rank_pattern") or {}).values()])
     return next((room for room in LORA_RANKS if room >= rank), rank)
@@ -97,10 +103,12 @@ _OTHER_MODEL = frozenset(
     "model_weights hf_config_path hf_overrides config_format load_format model_loader_extra_config "
     "tokenizer_mode tokenizer_revision spec_model draft_model default_mm_loras".split()
 )
-# Fields of a request that are not for `engine_args`: how much is asked, of whom, and in which form it comes back.
+# Fields of a request that are not for `engine_args`:
+# how much is asked, of whom, and in which form it comes back.
 _OF_THE_BODY = frozenset(
-    "messages prompt tools n best_of echo stream stream_options max_tokens max_completion_tokens temperature "
-    "top_p stop seed logprobs top_logprobs return_token_ids api_key extra_headers extra_query timeout".split()
+    "messages prompt tools n best_of echo stream stream_options max_tokens max_completion_tokens "
+    "temperature top_p stop seed logprobs top_logprobs return_token_ids api_key extra_headers "
+    "extra_query timeout".split()
 )
 _ENDINGS = ("_cls", "_plugin", "_module_path")
 
@@ -141,8 +149,8 @@ def unknown_arguments(engine: str, arguments: Mapping[str, Any]) -> Iterator[str
         return
     for name in sorted(arguments.keys() - set(known)):
         yield (
-            f"the {engine} engine has no argument {name!r}; it has {' and '.join(known)}. Remove it, "
-            "or use generate.engine=vllm"
+            f"the {engine} engine has no argument {name!r}; it has {' and '.join(known)}. Remove "
+            "it, or use generate.engine=vllm"
         )
     rows = arguments.get("batch_size", 1)
     if type(rows) is not int or rows < 1:
@@ -159,14 +167,17 @@ def _mappings(value: Any) -> Iterator[Mapping[str, Any]]:
 
 
 def _names_code(name: str, value: Any) -> bool:
-    """A backend is one of the engine's own by a plain name, and a class of anybody's by a dotted one."""
+    """Whether a backend is somebody's own class, by its dotted name.
+
+    A plain name is one of the engine's own.
+    """
     return name.endswith("backend") and isinstance(value, str) and ("." in value or ":" in value)
 
 
 PRICES = ("usd_per_million_prompt_tokens", "usd_per_million_completion_tokens")
 UNRECORDED = (*PRICES, "max_usd", "accept_partial")
-"""Fields that no record keeps: what was agreed with a provider is nobody else's business, and what is to become
-of a run that such a budget stops means nothing without it."""
+"""Fields that no record keeps: what was agreed with a provider is nobody else's business, and what
+is to become of a run that such a budget stops means nothing without it."""
 
 if TYPE_CHECKING:
     EngineName = str
@@ -205,9 +216,11 @@ class Generate(Section):
     """Passed to the engine as they are (vLLM: arguments of `LLM`; hf: `batch_size`,
     `max_model_len`; openai: fields of the request's body)."""
     base_url: str | None = None
-    """Of an endpoint: its address, as `https://api.example.com/v1`; `model` is the model's name there."""
+    """Of an endpoint: its address, as `https://api.example.com/v1`; `model` is the model's name
+    there."""
     api_key_env: str | None = None
-    """Of an endpoint: the NAME of the environment variable that holds the key; null: it asks for none."""
+    """Of an endpoint: the NAME of the environment variable that holds the key; null: it asks for
+    none."""
     concurrency: int = Field(8, ge=1, le=1024)
     """Of an endpoint: calls at once, at most; fewer while it says that they are too many."""
     timeout_seconds: float = Field(600.0, gt=0)
@@ -256,5 +269,8 @@ class Generate(Section):
 
     @property
     def teaches(self) -> bool:
-        """Whether an endpoint says with the text what it drew it from: then it is the teacher of these rows."""
+        """Whether an endpoint says with the text what it drew it from.
+
+        Then it is the teacher of these rows.
+        """
         return self.remote and self.keep is not None

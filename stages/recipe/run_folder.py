@@ -51,7 +51,10 @@ def training_run(run_dir: Path, settings_hash: str) -> Path:
 
 
 def standing(folder: Path) -> tuple[list[str], str]:
-    """How far a training run has come, to be compared: its checkpoints, and what fits into memory."""
+    """How far a training run has come, to be compared with others.
+
+    It goes by its checkpoints, and by what fits into memory.
+    """
     found = sorted(path.parent.name for path in (folder / CHECKPOINTS).glob(f"*/{COMPLETE}"))
     smaller = folder / TOKENS_PER_PASS
     return found, smaller.read_text() if smaller.is_file() else ""
@@ -80,13 +83,13 @@ def trained_student(model: str, *, field: str) -> Path:
     where = f"{field}: {model}"
     if run_dir is None or model == RUN or "://" in model:
         raise UsageError(
-            f"{where} names no folder of this machine, expected run:RUN_DIR, the run.dir of another "
-            "recipe. Copy the student's folder here, and name that."
+            f"{where} names no folder of this machine, expected run:RUN_DIR, the run.dir of "
+            "another recipe. Copy the student's folder here, and name that."
         )
     if not run_dir.is_dir():
         raise UsageError(
-            f"{where}: no folder {run_dir} (looked in {Path.cwd()}). Name the run.dir of the recipe "
-            "that trained the student."
+            f"{where}: no folder {run_dir} (looked in {Path.cwd()}). Name the run.dir of the "
+            "recipe that trained the student."
         )
     training = (run_dir / LATEST).resolve()
     student = training / STUDENT
@@ -100,15 +103,18 @@ def _no_student(run_dir: Path) -> str:
     if (run_dir / "config.json").is_file():
         return f"is a model's folder, not a run's. Name it without {RUN}"
     if (run_dir / SETTINGS).is_file():
-        return f"is one training of a run. Name the run, {RUN}{run_dir.parent}, or {run_dir / STUDENT}."
+        return (
+            f"is one training of a run. Name the run, {RUN}{run_dir.parent}, or "
+            f"{run_dir / STUDENT}."
+        )
     if begun_runs(run_dir):
         return (
-            f"has no finished student ({LATEST} leads to none). Run its recipe to the end of `train` "
-            "first."
+            f"has no finished student ({LATEST} leads to none). Run its recipe to the end of "
+            "`train` first."
         )
     return (
-        "is no folder in which a student was trained (no train-* in it). Name the run.dir of a recipe "
-        "with `student` and `train` that has run."
+        "is no folder in which a student was trained (no train-* in it). Name the run.dir of a "
+        "recipe with `student` and `train` that has run."
     )
 
 
@@ -130,7 +136,9 @@ def read_record(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def as_a_run_writes(what: Path | str) -> Iterator[None]:
-    """Take something from records of a run's folder: they come from other people, or may be damaged.
+    """Take something from records of a run's folder.
+
+    They come from other people, or may be damaged.
 
     Raises:
         IntegrityError: they hold something else than a run writes; `what` names them.

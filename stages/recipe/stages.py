@@ -1,9 +1,9 @@
-"""The stages in their order: what each one reads and fills, and how many processes of a machine do it.
+"""The stages in their order: what each one reads and fills, and how many processes do it.
 
-Plan, runner, worker and status ask this table.
+The processes are those of one machine. Plan, runner, worker and status ask this table.
 
-To add a stage: a row here, its folder under `stages/` with a `run(job)` in `stage.py`, and its
-line in `pipeline/plan/`.
+To add a stage: a row here, its folder under `stages/` with a `run(job)` in `stage.py`, and its line
+in `pipeline/plan/`.
 """
 
 from dataclasses import dataclass
@@ -57,11 +57,14 @@ def _some(count: Any) -> Any:
 
 
 class Compute(Section):
-    """How much of this machine a run takes. It decides how fast, and nothing of what is made: it is in no hash."""
+    """How much of this machine a run takes.
+
+    It decides how fast, and nothing of what is made: it is in no hash.
+    """
 
     workers: Annotated[int | Literal["auto"], BeforeValidator(_some)] = "auto"
-    """Processes that write, and then score, side by side. auto: one for each GPU that is visible, or
-    for each group of them where the engine needs several; without a GPU one."""
+    """Processes that write, and then score, side by side. auto: one for each GPU that is visible,
+    or for each group of them where the engine needs several; without a GPU one."""
     processes: Annotated[int | Literal["auto"], BeforeValidator(_some)] = "auto"
     """Processes that train a student together, and then judge it. auto: one for each GPU that is
     visible; without a GPU one."""

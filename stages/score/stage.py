@@ -1,7 +1,9 @@
-"""Stage `score`: one forward pass of the teacher over prompt + completion; soft targets at every completion position.
+"""Stage `score`: one forward pass of the teacher over prompt + completion.
 
-The same pass shows the features that the recipe names. Targets and features of a text are rows of two
-tables, which are committed each for itself: after a stop, what is missing is made.
+It gives soft targets at every completion position.
+
+The same pass shows the features that the recipe names. Targets and features of a text are rows of
+two tables, which are committed each for itself: after a stop, what is missing is made.
 
 Rows of like length share a forward pass on a GPU. On a CPU, where that gains nothing, each row is
 alone: its bits then do not depend on the rows beside it, and a run that was killed writes what one
@@ -35,7 +37,8 @@ from .opening import open_teacher
 from .scorer import Batch, Scorer, row_keys
 
 _VECTORS = 8
-"""Times as many rows in a commit where each is one vector: what a file says of itself is then little of it."""
+"""Times as many rows in a commit where each is one vector: what a file says of itself is then
+little of it."""
 BATCH_BYTES = 256 * 2**20  # of the entries of a batch
 
 
@@ -148,7 +151,10 @@ def _claims(job: Job, teacher: Identity, store: Store) -> Claims:
 
 
 def batches(requests: list[TargetRequest], batch_tokens: int) -> Iterator[Batch]:
-    """Rows of like length that keep the same, at most `batch_tokens` and `BATCH_BYTES` together, padding counted."""
+    """Give batches of rows of like length that keep the same.
+
+    A batch has at most `batch_tokens` and `BATCH_BYTES`, padding counted.
+    """
     batch: Batch = []
     # Held-out rows may have the kind of the others and another k: a large vocabulary's reference.
     ordered = sorted(requests, key=lambda r: (r.kept.kind, r.kept.k, len(r.token_ids), r.reuse_key))

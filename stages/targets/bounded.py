@@ -14,7 +14,8 @@ float64 and e how far off S may be:
                     and each of the V terms of the sum that it is normalised by; r is what it
                     was rounded by besides. S - 1 if that is more
 
-Not all of the best may be entries, where nobody can tell which id one of them is: c is then the greatest of those.
+Not all of the best may be entries, where nobody can tell which id one of them is: c is then the
+greatest of those.
 
 The token that is there has its log-probability whether it is an entry or not. Nothing here imports
 torch.
@@ -55,7 +56,8 @@ class Best:
     entries: np.ndarray | None = None
     """[N] how many of the K there are; None: all."""
     most_outside: np.ndarray | None = None
-    """[N] the most that the log-probability of an id which is no entry can be; None: the least entry's."""
+    """[N] the most that the log-probability of an id which is no entry can be; None: the least
+    entry's."""
     rounding: float = 0.0
     """r, nats that each log-probability was rounded by before it came."""
 

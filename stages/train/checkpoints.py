@@ -1,7 +1,9 @@
 """Checkpoints of a training run: one folder per step, complete once its `state.json` is there.
 
-    checkpoints/step-00000120/<2 hex>/<32 hex>.pt    tensors, one file of each rank, named by their sha256
-    checkpoints/step-00000120/state.json             those names, and the integers and lists a run goes on from
+    checkpoints/step-00000120/<2 hex>/<32 hex>.pt    tensors, one file of each rank, named by
+                                                     their sha256
+    checkpoints/step-00000120/state.json             those names, and the integers and lists that
+                                                     a run goes on from
 
 All ranks write and sync their files first; then the first rank writes `state.json`. A run that was
 killed while writing has no such checkpoint. Every method is called by all ranks together.
@@ -126,7 +128,8 @@ class Checkpoints:
             return opened(path)
         except UnpicklingError as error:
             raise IntegrityError(
-                f"{path}: holds more than tensors, and none of it was run. Delete {folder} {_GO_ON}."
+                f"{path}: holds more than tensors, and none of it was run. Delete {folder} "
+                f"{_GO_ON}."
             ) from error
         except NOT_AS_WRITTEN as error:
             raise IntegrityError(

@@ -1,4 +1,7 @@
-"""The optimizer and the learning rate: AdamW that decays matrices only, and a schedule over tokens instead of steps."""
+"""The optimizer and the learning rate.
+
+AdamW decays matrices only, and the learning rate follows a schedule over tokens instead of steps.
+"""
 
 import math
 from collections.abc import Mapping
@@ -14,7 +17,9 @@ WSD_DECAY = 0.2  # share of all tokens in which `wsd` falls from the peak to the
 
 
 def make_optimizer(model: nn.Module, train: Train) -> torch.optim.AdamW:
-    """AdamW over the parameters that train; norms and biases (fewer than two dimensions) do not decay.
+    """Make AdamW over the parameters that train.
+
+    Norms and biases (fewer than two dimensions) do not decay.
 
     One operation takes sharded weights or whole ones, so each kind has groups of its own.
     """
@@ -52,7 +57,8 @@ def load_optimizer_state(
 ) -> None:
     """Give it what a checkpoint has of it, under `optimizer/`; all ranks call it.
 
-    A single process of before wrote numbers in place of names: first those of matrices, then the others.
+    A single process of before wrote numbers in place of names: first those of matrices, then the
+    others.
     """
     earlier = {name: n for n, name in enumerate(sorted(named, key=lambda n: named[n].ndim < 2))}
     names = {parameter: name for name, parameter in named.items()}

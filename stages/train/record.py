@@ -49,6 +49,6 @@ class Record:
         except NOT_AS_WRITTEN as error:
             raise UsageError(
                 "train: another version of Stillroom wrote this run's checkpoints "
-                f"({in_short(error)}). Remove `checkpoints/` from its folder, and it is trained from "
-                "the start."
+                f"({in_short(error)}). Remove `checkpoints/` from its folder, and it is trained "
+                "from the start."
             ) from error

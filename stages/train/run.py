@@ -1,4 +1,7 @@
-"""One training run, from where it stands to the end: steps, checkpoints, validation, the student."""
+"""One training run, from where it stands to the end.
+
+It is steps, checkpoints, validation and the student.
+"""
 
 import json
 import time
@@ -39,7 +42,8 @@ HISTORY_POINTS = 200
 class Run:
     """One arm's training, from where it stands to the end; of several ranks each has one.
 
-    What the ranks decide they decide alike: of numbers that all have, or of what the first one tells.
+    What the ranks decide they decide alike: of numbers that all have, or of what the first one
+    tells.
     """
 
     def __init__(self, job: Job, files: LocalFiles, loss: Loss) -> None:
@@ -71,7 +75,7 @@ class Run:
             self._audit(store)
 
     def _asked(self, store: Store) -> dict[Split, Snapshot]:
-        """What is learnt from, validated on and judged on: of the last, later the training would be paid for."""
+        """What is learnt from, validated on and judged on, while no training is paid for yet."""
         return {
             split: load_snapshot(store, name)
             for split, name in self._job.snapshots.items()
@@ -106,7 +110,7 @@ class Run:
         return extremes(self._loss.soft_weight)[1] > 0
 
     def _prepared(self, store: Store) -> "Trainer":
-        """The student on its device, checked, with the state of the last checkpoint; and the meter of its speed."""
+        """The student on its device, checked, as the last checkpoint has it; its speed's meter."""
         from ..models.device import device_and_dtype
         from ..models.students.student import check_vocabulary
         from .flops import ModelFlops, Peak
@@ -285,7 +289,8 @@ class Run:
     ) -> None:
         """Bring the record up to the end of a step, and show it."""
         record, meter = self._record, self._meter
-        # The curve has about HISTORY_POINTS points, evenly over the tokens: one where a slot begins.
+        # The curve has about HISTORY_POINTS points, evenly over the tokens.
+        # There is one where a slot begins.
         before, after = (
             min(cursor.tokens, self._total) * (HISTORY_POINTS - 1) // self._total
             for cursor in (record.cursor, step.after)
@@ -309,7 +314,7 @@ class Run:
         self._job.progress.advance(step.tokens, tokens=step.tokens, note=note)
 
     def _validate(self, board: Board, *, last: bool = False) -> None:
-        """Validate if it is due: asked of the record, so a run stopped in between makes up for it."""
+        """Validate if the record says it is due, so a run stopped in between makes up for it."""
         record, every = self._record, self._train.evaluate_every_tokens
         if self._validation is None or every is None:
             return
@@ -345,7 +350,7 @@ class Run:
                 )
 
     def _finish(self) -> None:
-        """Write the student (the best where there was validation, else the last), then `train.json`."""
+        """Write the student (the best where validated, else the last), then `train.json`."""
         self._save()
         record, trainer, disk = self._record, self._trainer, self._job.clock.span("disk")
         if record.best is not None and record.best["step"] != record.cursor.step:

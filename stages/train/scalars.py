@@ -1,4 +1,7 @@
-"""Scalars of a training run, over positions fed: on TensorBoard, and where it was asked for on W&B."""
+"""Scalars of a training run, over positions fed.
+
+They are on TensorBoard, and where it was asked for on W&B.
+"""
 
 import uuid
 from importlib.util import find_spec
@@ -17,7 +20,10 @@ ID_FILE = "wandb-id"
 
 
 class Board:
-    """TensorBoard scalars over tokens; what a run wrote after the checkpoint it goes on from is purged."""
+    """The board of TensorBoard scalars over tokens.
+
+    What a run wrote after the checkpoint it goes on from is purged.
+    """
 
     def __init__(self, job: Job, files: LocalFiles, tokens: int) -> None:
         """Begin after so many `tokens`; of several ranks the first one writes."""
@@ -54,7 +60,7 @@ def step_scalars(result: "StepResult") -> dict[str, float]:
 
 
 def loss_scalars(prefix: str, losses: "Losses") -> dict[str, float]:
-    """Losses that were computed, as `<prefix>/total`, `soft`, `hard`, and one for each pair of layers."""
+    """Losses that were computed, as `<prefix>/total`, `soft`, `hard`, and one a pair of layers."""
     values = {"total": losses.loss, "soft": losses.soft, "hard": losses.hard, **losses.features}
     return {f"{prefix}/{name}": value for name, value in values.items() if value is not None}
 

@@ -1,9 +1,10 @@
-"""The tensors of a checkpoint in files: torch.distributed.checkpoint says which rank writes and reads which piece.
+"""The tensors of a checkpoint in files.
 
-Each rank writes one file, with its own shards and with its part of what all ranks have alike. A piece
-says which part of which tensor it is, so any number of ranks, sharded in any way, finds what it needs.
-The library's own storage keeps a pickle beside the tensors, which can run code as it is read. These
-files hold tensors, names and numbers alone, and are opened as such (`weights_only`).
+torch.distributed.checkpoint says which rank writes and reads which piece. Each rank writes one
+file, with its own shards and with its part of what all ranks have alike. A piece says which part of
+which tensor it is, so any number of ranks, sharded in any way, finds what it needs. The library's
+own storage keeps a pickle beside the tensors, which can run code as it is read. These files hold
+tensors, names and numbers alone, and are opened as such (`weights_only`).
 """
 
 import warnings
@@ -87,7 +88,10 @@ class Stored:
     """The tensors of a checkpoint, to be read into those of a training."""
 
     def __init__(self, pieces: Iterable[Piece], *, folder: Path, alone: bool) -> None:
-        """Pieces of all files; `folder`: the checkpoint's, for messages; `alone`: there is one rank."""
+        """Take the pieces of all files.
+
+        `folder`: the checkpoint's, for messages. `alone`: there is one rank.
+        """
         self._folder, self._alone = folder, alone
         self._pieces: dict[str, list[Piece]] = defaultdict(list)
         for piece in pieces:
@@ -106,7 +110,7 @@ class Stored:
         return self._pieces[name][0].size
 
     def read(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copy into these tensors, or into this rank's shards of them, what is stored under their names.
+        """Copy what is stored under their names into these tensors, or this rank's shards of them.
 
         All ranks call it, with the same names.
 
@@ -171,7 +175,10 @@ def pieces_of(path: Path) -> list[Piece]:
 
 
 def earlier_pieces_of(path: Path) -> list[Piece]:
-    """The same of a file that a single process of before wrote: whole tensors, and the optimizer's by number."""
+    """The same of a file that a single process of before wrote.
+
+    Its tensors are whole, and the optimizer's go by number.
+    """
     groups = dict(_opened(path))
     optimizer = groups.pop("optimizer", {"state": {}})["state"]
     groups |= {f"{BY_NUMBER}{number}": state for number, state in optimizer.items()}
@@ -191,7 +198,10 @@ def _opened(path: Path) -> Any:
 
 @contextmanager
 def _plainly() -> Iterator[None]:
-    """What a rank raised, in place of what the library wraps it in; without the note that one rank is alone."""
+    """Raise what a rank raised, in place of what the library wraps it in.
+
+    The note that one rank is alone is left out.
+    """
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")

@@ -1,4 +1,7 @@
-"""How fast a training goes: tokens/s, MFU, padding and waiting, at each step, along the run and over all of it."""
+"""How fast a training goes: tokens/s, MFU, padding and waiting.
+
+Each is told at a step, along the run and over all of it.
+"""
 
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any

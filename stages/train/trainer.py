@@ -1,8 +1,9 @@
-"""One optimizer step and one validation pass: the student, its head inside the loss, gradients, memory.
+"""One optimizer step and one validation pass.
 
-The gradient of a step is that of sum(loss of each scored token) / (scored tokens of the whole
-step), however many forward passes it takes, and however many ranks share it. Weights and optimizer
-state are float32; the passes compute in bfloat16 (autocast) where asked.
+Here are the student, its head inside the loss, gradients and memory. The gradient of a step is that
+of sum(loss of each scored token) / (scored tokens of the whole step), however many forward passes
+it takes, and however many ranks share it. Weights and optimizer state are float32; the passes
+compute in bfloat16 (autocast) where asked.
 """
 
 import math
@@ -83,7 +84,7 @@ class Trainer:
         return self._packing.tokens_per_pass
 
     def passes(self, step: Step, *, done: float) -> Iterator[Any]:
-        """This rank's forward passes of a step that ends at the share `done` of all tokens, on the device."""
+        """This rank's passes, on the device, of a step that ends at the share `done` of tokens."""
         part = part_of(step.samples, self._ranks, group=self._packing.group)
         yield from self._passes(part, done=done)
 
@@ -228,7 +229,7 @@ class Trainer:
         return {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
 
     def averages(self) -> dict[str, torch.Tensor]:
-        """The buffers, such as the running means of batch norms: they change as weights do, without a gradient."""
+        """The buffers, such as batch norms' running means: they change without a gradient."""
         return _buffers(self.model)
 
     def load_weights(self, stored: Stored) -> None:
@@ -246,7 +247,7 @@ class Trainer:
         }
 
     def whole_state(self) -> dict[str, Any] | None:
-        """What trained of a sharded student, whole, on the first rank; all ranks ask. None: the model has it whole."""
+        """What trained of a sharded student, whole, on rank 0; None: no shards. All ranks ask."""
         if self._root is None:
             return None
         return whole_state(self.model)
@@ -283,7 +284,7 @@ class Trainer:
         return self._means(sums, step.scored_tokens, counts, aim=aim)
 
     def _aim(self, done: float) -> Aim:
-        """What is minimised at a point of the training, with a weight for each part that is matched."""
+        """What is minimised at a point of the training, with a weight for each matched part."""
         aim = aim_at(self._loss, done)
         if self._matching is None:
             return aim
@@ -348,7 +349,7 @@ class Trainer:
         spare: Callable[[], Sample],
         between: Callable[[], None] = lambda: None,
     ) -> torch.Tensor:
-        """`sums_of` of some passes. Of a sharded student a rank without one takes part with a `spare` sample."""
+        """`sums_of` of passes; a sharded student's rank without one takes a `spare` sample."""
         sums, root = self._zeros(), self._root
         nothing = replace(
             aim, soft_weight=0.0, hard_weight=0.0, features=(0.0,) * len(aim.features)

@@ -74,7 +74,10 @@ def answers_dir(run_dir: Path, generate: Generate) -> Path:
 
 
 class Answers:
-    """All answers of a run folder, of an endpoint's model; the file of this process takes what arrives."""
+    """All answers of a run folder, of an endpoint's model.
+
+    The file of this process takes what arrives.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -89,7 +92,8 @@ class Answers:
         self.charged = NONE
         """What the endpoint counted of them."""
         self.in_doubt = NONE
-        """The most that may be charged for calls that were sent, and of which nothing was heard yet."""
+        """The most that may be charged for calls that were sent, and of which nothing was heard
+        yet."""
         self._open: dict[str, list[Tokens]] = {}
 
     def __enter__(self) -> Self:

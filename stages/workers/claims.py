@@ -7,21 +7,20 @@ with one claim, whose worker vanished or is busy with it still, and so on; a wor
 twice.
 
 Workers know nothing of one another, not even how many there are. Each goes through the work in an
-order of its own, a thousand blocks at a time, begins anywhere among these, and looks at their claims
-just before it puts its own: one request, as their names begin alike. So two workers meet only where
-both choose the same block within the time of two requests. A thousand that are all claimed are never
-looked at again for a free one.
+order of its own, a thousand blocks at a time, begins anywhere among these, and looks at their
+claims just before it puts its own: one request, as their names begin alike. So two workers meet
+only where both choose the same block within the time of two requests. A thousand that are all
+claimed are never looked at again for a free one.
 
-At the end all blocks are claimed. The second on a block comes from its other end (`in_turn`), so the
-two share what is left of it. More than two would make rows twice, so a worker that finds nothing with
-fewer claims leaves it to those two for about as long as it takes for a block itself. It looks whether
-they are done, and only then joins them.
+At the end all blocks are claimed. The second on a block comes from its other end (`in_turn`), so
+the two share what is left of it. More than two would make rows twice, so a worker that finds
+nothing with fewer claims leaves it to those two for about as long as it takes for a block itself.
+It looks whether they are done, and only then joins them.
 
 Claims are advice. That each row is in the store once is the commit log's doing, whatever workers
-do. So a claim is never withdrawn, and nobody asks how old it is: no lease, no heartbeat, and no clock
-but to wait a while.
-Work done twice is wasted at worst, and whoever commits first wins (backup tasks, as in MapReduce,
-Dean and Ghemawat 2004).
+do. So a claim is never withdrawn, and nobody asks how old it is: no lease, no heartbeat, and no
+clock but to wait a while. Work done twice is wasted at worst, and whoever commits first wins
+(backup tasks, as in MapReduce, Dean and Ghemawat 2004).
 """
 
 import os
@@ -51,7 +50,10 @@ class Claims:
     """One worker's view of who works on what."""
 
     def __init__(self, files: Files, stage: str, **work: Any) -> None:
-        """`work` is all that determines the planned requests and their order: others with the same work share it."""
+        """Take `work`, all that determines the planned requests and their order.
+
+        Others with the same work share it.
+        """
         self._files = files
         self._folder = f"claims/{stage}/{content_id('work', stage=stage, **work)}"
         self._worker = uuid.uuid4().hex
@@ -78,18 +80,19 @@ class Claims:
         left: Callable[[int], list[T]],
         again: Callable[[set[int]], Iterable[int]] | None = None,
     ) -> Iterator[tuple[int, list[T]]]:
-        """Claim one block after the other, until none has anything left; how many had it before, and what is left.
+        """Claim one block after the other, until none has anything left.
 
-        Each block is chosen when the next is asked for. Where others are to be left alone with the
-        rest, it ends too, and `wait` says for how long; then it is called again.
+        It gives how many had a block before, and what is left of it. Each block is chosen when the
+        next is asked for. Where others are to be left alone with the rest, it ends too, and `wait`
+        says for how long; then it is called again.
 
         Args:
             pending: The blocks that have work.
             look: Called before each choice, to read what others committed; told whether all that is
                 left is claimed.
             left: The requests of a block that nobody has committed.
-            again: Asked once, when all that is left is claimed: which of the blocks that it is given
-                have work still. To ask `left` of each takes long where there are many.
+            again: Asked once, when all that is left is claimed: which of the blocks that it is
+                given have work still. To ask `left` of each takes long where there are many.
         """
         if self._parts is None:
             self._parts = self._in_parts(pending)
@@ -110,7 +113,10 @@ class Claims:
                 self._block_seconds = time.monotonic() - began
 
     def _taken(self, number: int, fewest: int, left: Callable[[int], list[T]]) -> list[T]:
-        """What is left of a block with so few claims that this worker has claimed now, if it has one."""
+        """What is left of a block that this worker claims now, if it has one.
+
+        The block is one with so few claims.
+        """
         assert self._parts is not None
         part, requests = self._parts[number], list[T]()
         self._see(number)
@@ -131,7 +137,10 @@ class Claims:
         return requests
 
     def _waits(self, left: Callable[[int], list[T]]) -> bool:
-        """Whether others are left alone, for they are at all that is left; what they have done is left out."""
+        """Whether others are left alone, for they are at all that is left.
+
+        What they have done is left out.
+        """
         assert self._parts is not None
         if self._wait_until is None:
             self._wait_until = time.monotonic() + self._block_seconds * self._random.uniform(
@@ -146,7 +155,10 @@ class Claims:
         return True
 
     def _in_parts(self, pending: Iterable[int]) -> dict[int, "_Part"]:
-        """Blocks that have work, by the beginning of their names, in an order of this worker's own."""
+        """Blocks that have work, by the beginning of their names.
+
+        They are in an order of this worker's own.
+        """
         parts: dict[int, _Part] = {}
         for block in pending:
             parts.setdefault(block // TOGETHER, _Part()).open.add(block)

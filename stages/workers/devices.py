@@ -21,7 +21,10 @@ _COUNT = "import torch; print(torch.cuda.device_count())"
 
 
 def visible_gpus() -> list[str]:
-    """What CUDA_VISIBLE_DEVICES calls each GPU that a process started here would see, in torch's order."""
+    """What CUDA_VISIBLE_DEVICES calls each GPU that a process started here would see.
+
+    They are in torch's order.
+    """
     named = os.environ.get(VISIBLE)
     count = _counted(named)
     if named is None:
@@ -62,8 +65,8 @@ def shared_out(
     count = max(1, min(len(groups), most or len(groups))) if workers == "auto" else workers
     if count > len(groups):
         raise UsageError(
-            f"compute.workers: {count} workers with {size} GPUs each were asked for, and {len(gpus)} "
-            f"are visible: that is enough for {len(groups)}. Lower it, or leave it out."
+            f"compute.workers: {count} workers with {size} GPUs each were asked for, and "
+            f"{len(gpus)} are visible: that is enough for {len(groups)}. Lower it, or leave it out."
         )
     if len(gpus) == size:
         return [{}]
@@ -93,7 +96,10 @@ def one_each(processes: int | Literal["auto"], gpus: Sequence[str]) -> list[dict
 
 
 def _threads(workers: int) -> dict[str, str]:
-    """Workers that share the cores of a machine have a part of them each, unless somebody has decided."""
+    """Give workers that share the cores of a machine a part of them each.
+
+    It gives nothing where somebody has decided.
+    """
     if workers == 1 or THREADS in os.environ:
         return {}
     return {THREADS: str(max(1, len(os.sched_getaffinity(0)) // workers))}

@@ -1,4 +1,7 @@
-"""What a stage is handed and what it hands back: the recipe, a progress line, a stop flag; then a result."""
+"""What a stage is handed and what it hands back.
+
+It is handed the recipe, a progress line and a stop flag; it hands back a result.
+"""
 
 import signal
 from dataclasses import dataclass, field
@@ -38,7 +41,11 @@ class StopFlag:
     """Set by the first signal that asks to stop; stages look at it between units of work."""
 
     def __init__(self, *, agreed: bool = False) -> None:
-        """`agreed`: other processes must stop at the same place, so `Job.agreed_stop` alone looks at it."""
+        """Begin without a signal.
+
+        `agreed`: other processes must stop at the same place, so `Job.agreed_stop` alone looks at
+        it.
+        """
         self._agreed = agreed
         self.number = 0
         """The signal that came; 0: none."""
@@ -105,8 +112,8 @@ class Job:
     def agreed_stop(self) -> None:
         """Raise `Stopped` on every rank if a signal came to one of them.
 
-        All ranks call it at the same places, as after each step: one that left alone would leave the
-        others in a collective. A process that is alone looks at its own flag.
+        All ranks call it at the same places, as after each step: one that left alone would leave
+        the others in a collective. A process that is alone looks at its own flag.
         """
         if self.ranks.count == 1:
             self.stop.check()

@@ -20,7 +20,10 @@ _LOOK_SECONDS = 0.2
 
 
 def try_lock(descriptor: int, *, shared: bool = False) -> bool | None:
-    """Lock an open file without waiting: True if it is ours, False if another process has it, None if it knows none."""
+    """Lock an open file without waiting.
+
+    It is True if the lock is ours, False if another process has it, None if the file knows none.
+    """
     try:
         fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -32,7 +35,10 @@ def try_lock(descriptor: int, *, shared: bool = False) -> bool | None:
 
 @contextmanager
 def worker_number(folder: Path) -> Iterator[int]:
-    """The smallest number from 1 that no other living process has taken in this folder; held until the block ends."""
+    """The smallest number from 1 that no other living process has taken in this folder.
+
+    It is held until the block ends.
+    """
     for number in count(1):
         descriptor = _open(folder / f".worker-{number}")
         if try_lock(descriptor) is not False:
@@ -87,7 +93,8 @@ def one_group(
 ) -> Iterator[None]:
     """`only_one` for all ranks of a group: the first takes the lock for them.
 
-    `look` is called by all ranks at the same times while they wait, which they do for as long as it takes.
+    `look` is called by all ranks at the same times while they wait, which they do for as long as it
+    takes.
     """
     if ranks.first:
 

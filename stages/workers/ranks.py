@@ -1,7 +1,8 @@
-"""The ranks of a stage: processes that do one piece of work together, and what they tell one another.
+"""The ranks of a stage: processes that do one piece of work together.
 
-Who is who stands in the environment, by the names that torchrun sets and that `run` sets too. One
-process alone is a rank as well: then nothing is sent, and torch.distributed is not opened.
+Here is also what they tell one another. Who is who stands in the environment, by the names that
+torchrun sets and that `run` sets too. One process alone is a rank as well: then nothing is sent,
+and torch.distributed is not opened.
 """
 
 import json
@@ -126,7 +127,10 @@ class Ranks:
             distributed.destroy_process_group()
 
     def lost(self, error: Exception) -> str | None:
-        """What to say of an error that only means that another rank is gone or hangs; None: it means something else."""
+        """What to say of an error that only means that another rank is gone or hangs.
+
+        It is None where the error means something else.
+        """
         if self.count == 1:
             return None
         from torch.distributed import DistError
@@ -185,7 +189,10 @@ class Ranks:
         return told[0]
 
     def told_in_time(self, what: Any = None) -> Any:
-        """What the first rank has, as JSON, however long it takes to make it: nobody waits in a collective."""
+        """What the first rank has, as JSON, however long it takes to make it.
+
+        Nobody waits in a collective.
+        """
         if self._store is None:
             return what
         self._papers += 1
@@ -201,7 +208,10 @@ class Ranks:
         return told
 
     def each(self, work: Callable[[], Any]) -> list[Any]:
-        """What `work` gives each rank, by its number; where it raises a StillroomError on one, all raise it."""
+        """What `work` gives each rank, by its number.
+
+        Where it raises a StillroomError on one, all raise it.
+        """
         found, failed = None, None
         try:
             found = work()
@@ -214,7 +224,9 @@ class Ranks:
         return [part for part, _ in parts]
 
     def by_first(self, work: Callable[[], Any]) -> Any:
-        """What `work` gives the first rank, as JSON; the others do none of it and wait however long it takes.
+        """What `work` gives the first rank, as JSON.
+
+        The others do none of it and wait however long it takes.
 
         Where it raises a StillroomError, all raise one.
         """
@@ -234,7 +246,10 @@ class Ranks:
         return found["found"]
 
     def heard(self) -> None:
-        """Wait a little until all have read what was told last: the store may end with this process."""
+        """Wait a little until all have read what was told last.
+
+        The store may end with this process.
+        """
         deadline = time.monotonic() + _SPEAK_SECONDS
         while self._store is not None and time.monotonic() < deadline:
             if self._store.add(f"paper-{self._papers}-read", 0) == self.count - 1:

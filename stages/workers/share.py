@@ -1,6 +1,7 @@
-"""One worker's share of a stage's requests: claimed block by block, noted while in flight, done once.
+"""One worker's share of a stage's requests.
 
-What others committed meanwhile is left out, before a request is started and while it runs.
+It is claimed block by block, noted while in flight, and done once. What others committed meanwhile
+is left out, before a request is started and while it runs.
 """
 
 import time
@@ -147,9 +148,9 @@ class Share(Generic[R]):
         self._pending = self.work.pending
 
     def rounds(self) -> Iterator[None]:
-        """Once, and then again as long as `blocks` has left work to others: it waits until they may need help.
+        """Go once, and then again as long as `blocks` has left work to others.
 
-        Nothing is in flight between two rounds.
+        It waits until they may need help. Nothing is in flight between two rounds.
         """
         yield
         while (wait := self.work.claims.wait) is not None:
@@ -160,7 +161,10 @@ class Share(Generic[R]):
             yield
 
     def blocks(self) -> Iterator[tuple[int, list[R]]]:
-        """How many have a block already, and its requests; the next block is claimed when it is asked for."""
+        """How many have a block already, and its requests.
+
+        The next block is claimed when it is asked for.
+        """
         pending = self._pending.blocks
         blocks = self.work.claims.blocks(
             pending,
@@ -172,7 +176,10 @@ class Share(Generic[R]):
         self._exhausted = True
 
     def one_by_one(self) -> Iterator[R]:
-        """At the end: requests that may kill the engine, each when all that was done before it is committed."""
+        """Requests that may kill the engine, at the end.
+
+        Each is given when all that was done before it is committed.
+        """
         for request in self._killers.values():
             message = "the engine's process died each time, with this row alone in the end"
             self.fail(request, RowError("engine_died", message), 0)
@@ -231,7 +238,9 @@ class Share(Generic[R]):
         self.job.progress.advance()
 
     def heartbeat(self) -> None:
-        """An engine can be busy for minutes before a row is finished; commits, signals and others do not wait for it.
+        """An engine can be busy for minutes before a row is finished.
+
+        Commits, signals and others do not wait for it.
 
         Raises:
             Stopped: a signal came.
@@ -307,7 +316,10 @@ class Share(Generic[R]):
         return all(self.tables[table].committed(key) for table in wanted for key in wanted[table])
 
     def _again(self, blocks: set[int]) -> list[int]:
-        """Which blocks have work still: the books know it of all at once, where a worker asks for each row."""
+        """Which blocks have work still.
+
+        The books know it of all at once, where a worker asks for each row.
+        """
         self._look(True)
         before = self._pending.count(blocks)
         self._pending = self.work.again()

@@ -64,7 +64,10 @@ class Watch:
     def begin(
         self, suspect: Callable[[Suspicion], None] | None = None, *, keeper: int | None = None
     ) -> None:
-        """Watch. `suspect` is told; `keeper` is the rank in whose process the store is, if it is in one."""
+        """Watch.
+
+        `suspect` is told; `keeper` is the rank in whose process the store is, if it is in one.
+        """
         self._suspect, self._keeper = suspect, keeper
         self._write()  # before the first meeting: whoever came to that has shown a sign
         for work in (self._ask, self._judge):
@@ -146,7 +149,10 @@ class Watch:
 
 
 def suspects(before: Mapping[int, Sign], signs: Mapping[int, Sign]) -> tuple[Sequence[int], str]:
-    """Who keeps the others waiting, by the strongest reason that singles some of them out; and the reason."""
+    """Who keeps the others waiting, and the reason.
+
+    It is the strongest reason that singles some of them out.
+    """
     stopped = [r for r, sign in signs.items() if r in before and sign.beats == before[r].beats]
     furthest = max(sign.meetings for sign in signs.values())
     behind = [r for r, sign in signs.items() if sign.meetings < furthest]

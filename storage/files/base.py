@@ -103,9 +103,10 @@ class Files(Protocol):
         """
 
     def names(self, folder: str, prefix: str = "") -> list[str]:
-        """Names of the files in a folder that begin with a prefix, sorted; none if the folder is not there.
+        """Names of the files in a folder that begin with a prefix, sorted.
 
-        Temporary files are left out. An object store lists no others than those.
+        There are none if the folder is not there. Temporary files are left out. An object store
+        lists no others than those.
         """
 
     def walk(self, folder: str = "") -> Iterator[tuple[str, int, float]]:

@@ -235,7 +235,10 @@ class ObjectFiles(Files):
         return f"{self._path}/{name}" if name else self._path
 
     def _list(self, folder: str, prefix: str = "") -> list[tuple[str, str]]:
-        """(name, `file` or `directory`) of what lies in a folder, at least of what begins with a prefix."""
+        """(name, `file` or `directory`) of what lies in a folder.
+
+        It is at least what begins with a prefix.
+        """
         with self._explained("cannot list", folder):
             try:
                 entries = self._entries(self._key(folder), prefix)

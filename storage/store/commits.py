@@ -157,7 +157,10 @@ class CommitLog:
         return [self._live[seq] for seq in range(first, self.next) if seq in self._live]
 
     def advance(self) -> None:
-        """Read the records that follow those known, asking for them by name: cheap, but blind to withdrawals."""
+        """Read the records that follow those known, asking for them by name.
+
+        That is cheap, but blind to withdrawals.
+        """
         self._follow(1)
 
     def _follow(self, ahead: int) -> None:

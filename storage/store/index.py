@@ -102,7 +102,7 @@ class Index:
             return stoppable(self._connection, lambda: self._connection.sql(sql).to_arrow_table())
 
     def on_disk(self, sql: str) -> pa.Table:
-        """All rows of a large query, in the order that it gives, in a file that no name leads to any more.
+        """All rows of a large query, in its order, in a file that no name leads to any more.
 
         What is asked for is read from it; it ends with the table, or with the process.
         """

@@ -125,7 +125,10 @@ class ShardWriter:
         return True
 
     def follows(self, other: "ShardWriter") -> None:
-        """Commit what another one was given before a row of this one, before that row: whoever has it has those."""
+        """Commit what another one was given before a row of this one, before that row.
+
+        So whoever has the row has what was given before it.
+        """
         self._first.append(other)
 
     def committed(self, key: bytes) -> bool:

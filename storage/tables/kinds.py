@@ -19,8 +19,8 @@ class Structure:
     drawn: bool = False
     """Entries are draws: no tail and no order, an estimate at one temperature."""
     may_lack: bool = False
-    """Whether a position may have fewer than `k` entries; a row that has such a one says how many each has
-    in `entries`, as a ragged kind does, and of another one that column is null."""
+    """Whether a position may have fewer than `k` entries; a row that has such a one says how many
+    each has in `entries`, as a ragged kind does, and of another one that column is null."""
     holds_mass: bool = False
     """A position has the fewest entries, within `k_min` and `k`, that hold a mass of `p`."""
 

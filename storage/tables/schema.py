@@ -178,7 +178,8 @@ SCHEMAS: dict[TableName, pa.Schema] = {
             _field(
                 "entries",
                 TOKENS,
-                "[N] entries of each position; null where each has k (full; topk but for an endpoint's)",
+                "[N] entries of each position; null where each has k (full; topk but for an "
+                "endpoint's)",
                 nullable=True,
             ),
             _field(

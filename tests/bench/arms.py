@@ -1,8 +1,9 @@
-"""Many arms of one recipe in this process: the runner's own plan and stages, without a process for each stage.
+"""Many arms of one recipe in this process, by the runner's own plan and stages.
 
-A stage's process takes seconds to start, an arm of a small experiment as long to train. Arms whose
-targets are of other kinds come from other snapshots, and the order of samples is a function of the
-snapshot: `one_order` gives all arms of a seed the same one. Nothing else is changed.
+No stage has a process of its own. A stage's process takes seconds to start, an arm of a small
+experiment as long to train. Arms whose targets are of other kinds come from other snapshots, and
+the order of samples is a function of the snapshot: `one_order` gives all arms of a seed the same
+one. Nothing else is changed.
 """
 
 import json

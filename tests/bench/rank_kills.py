@@ -1,12 +1,13 @@
-"""Random kill -9 of ranks that train together: samples missing or twice, losses beside the undisturbed training.
+"""Random kill -9 of ranks that train together: samples missing or twice, and losses.
 
     python tests/bench/rank_kills.py [--kills 100] [--seed 0] [--seconds N] [--tiny]
 
-A training of a tiny student goes on by 2 ranks, 1, 2 with its weights sharded, 4 sharded, and 2, one
-after another. Each time but the last one rank, drawn, is killed at a moment drawn: before, within or
-after a step, or after any file of a checkpoint. Then another training begins, until there were so many
-kills or the time is over. Of each step the samples and the loss that lasted are laid beside those of
-one process that nobody disturbs. Prints a table, then one line of JSON.
+The losses stand beside those of the undisturbed training. A training of a tiny student goes on by 2
+ranks, 1, 2 with its weights sharded, 4 sharded, and 2, one after another. Each time but the last
+one rank, drawn, is killed at a moment drawn: before, within or after a step, or after any file of a
+checkpoint. Then another training begins, until there were so many kills or the time is over. Of
+each step the samples and the loss that lasted are laid beside those of one process that nobody
+disturbs. It prints a table, then one line of JSON.
 """
 
 import argparse

@@ -1,11 +1,12 @@
-"""Losses of a training by one rank and by several, the same global batches: every way to hold and to train a student.
+"""Losses of a training by one rank and by several, with the same global batches.
 
     python tests/bench/ranks.py [--tiny] [--ranks 2] [--steps 60]
 
-Ranks are processes of one CPU that talk by gloo; students, teachers and stores are the small ones of the
-tests. For each training: the largest difference of a step's loss, of a gradient's norm (relative), and
-of the logits of the last student on held-out texts; and whether each step had the same samples. Bars:
-1e-5 for losses, 1e-4 for logits.
+Every way to hold and to train a student is tried. Ranks are processes of one CPU that talk by gloo;
+students, teachers and stores are the small ones of the tests. For each training it prints the
+largest difference of a step's loss, of a gradient's norm (relative), and of the logits of the last
+student on held-out texts; and whether each step had the same samples. Bars: 1e-5 for losses, 1e-4
+for logits.
 """
 
 import argparse
@@ -86,7 +87,10 @@ def compared(case: Any, seen: list[Any]) -> dict[str, Any]:
 
 
 def logits_off(case: Any) -> float | None:
-    """Of the two students, on texts that were not trained on; None of a classifier, which reads none of them."""
+    """Of the two students, on texts that were not trained on.
+
+    None of a classifier, which reads none of them.
+    """
     import torch
     from ranked import student_of
     from tiny_store import random_texts

@@ -2,16 +2,16 @@
 
     python tests/bench/ray_nodes.py [--tiny] [--rows N] [--only stillroom data]
 
-Two local nodes of Ray (`ray.cluster_utils.Cluster`), one with two actors and one with one, write the
-same completions with the same tiny teacher, greedily, in batches of 32. When two fifths of the rows
-are made, and some of them by each actor, all processes of the node with two actors die by SIGKILL,
-its workers too, and nothing comes in its place.
+Two local nodes of Ray (`ray.cluster_utils.Cluster`), one with two actors and one with one, write
+the same completions with the same tiny teacher, greedily, in batches of 32. When two fifths of the
+rows are made, and some of them by each actor, all processes of the node with two actors die by
+SIGKILL, its workers too, and nothing comes in its place.
 
 The recipe has no student, so that nothing is trained. `data` is Ray Data: `map_batches` with three
-actors and `CheckpointConfig` over Parquet files of a hundredth of the rows each, written as Parquet.
-Each worker notes every row that it makes, as it is made. The seconds to the first row are from the
-start of the command, so they hold the start of Python and Ray's actors, not the start of the
-cluster. Memory is the sum of the proportional set sizes of all processes of the cluster and the
+actors and `CheckpointConfig` over Parquet files of a hundredth of the rows each, written as
+Parquet. Each worker notes every row that it makes, as it is made. The seconds to the first row are
+from the start of the command, so they hold the start of Python and Ray's actors, not the start of
+the cluster. Memory is the sum of the proportional set sizes of all processes of the cluster and the
 driver, looked at each second. Needs `ray[data]` beside Stillroom.
 """
 
@@ -106,7 +106,8 @@ def ray_data(folder: Path, address: str) -> None:
         checkpoint_path=str(folder / "checkpoint"),
         delete_checkpoint_on_success=False,
     )
-    # It reads so little as one block, whatever `override_num_blocks` says, and one actor has all the work.
+    # It reads so little as one block, whatever `override_num_blocks` says, and one actor has all
+    # the work.
     rows = ray.data.read_parquet(str(folder / "prompts")).repartition(BLOCKS)
     written = rows.map_batches(
         Writing,
@@ -121,7 +122,9 @@ def ray_data(folder: Path, address: str) -> None:
 
 @contextmanager
 def cluster(way: str) -> Iterator[Any]:
-    """A head without a place for an actor, a node with two and a node with one; the cluster, the node with two.
+    """A head without a place for an actor, a node with two and a node with one.
+
+    The cluster, the node with two.
 
     Ray Data reads and writes in tasks beside its actors: each node has one CPU more for them, else
     its actors take all and nothing is ever read.

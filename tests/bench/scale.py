@@ -3,22 +3,22 @@
     python tests/bench/scale.py [--tiny] [--workers 1,16,128] [--blocks 16] [--claims-only]
     python tests/bench/scale.py --commits 512,2048
 
-Simulated: each worker is a thread with the real `Claims`, `ShardWriter`, `CommitLog` and `ObjectFiles`,
-on a bucket in memory whose requests take time on one clock that no second passes on; one thread runs
-at a time, so a run is the same each time. A block is 512 rows and takes a worker a minute, give or
-take a fifth; it commits 256 rows at once, or what it has after 30 seconds. Workers begin within a
-minute of one another (`--start`). Of the requests that fail a third get no answer at all, a third are
-refused (503) and tried again by the driver after a second, and a third are done and their answer is
-lost: `put_if_absent` has to find out. Not simulated are the rows themselves and their shards.
-`--claims-only` leaves out the log of commits, whose simulation grows with the square of the workers:
-each then knows at once what the others did.
+Simulated: each worker is a thread with the real `Claims`, `ShardWriter`, `CommitLog` and
+`ObjectFiles`, on a bucket in memory whose requests take time on one clock that no second passes on;
+one thread runs at a time, so a run is the same each time. A block is 512 rows and takes a worker a
+minute, give or take a fifth; it commits 256 rows at once, or what it has after 30 seconds. Workers
+begin within a minute of one another (`--start`). Of the requests that fail a third get no answer at
+all, a third are refused (503) and tried again by the driver after a second, and a third are done
+and their answer is lost: `put_if_absent` has to find out. Not simulated are the rows themselves and
+their shards. `--claims-only` leaves out the log of commits, whose simulation grows with the square
+of the workers: each then knows at once what the others did.
 
-Asked are, for each number of workers: how many claims another worker took first; rows made twice; the
-commits that one worker a second makes, how often another took the number, and the rows of a commit;
-requests a second; and how much of the time workers worked.
+Asked are, for each number of workers: how many claims another worker took first; rows made twice;
+the commits that one worker a second makes, how often another took the number, and the rows of a
+commit; requests a second; and how much of the time workers worked.
 
-`--commits` counts what else a store is asked for: requests of a plan that finds no index segments, of
-making these, of a plan that finds them, and of a snapshot of all rows, on real shards.
+`--commits` counts what else a store is asked for: requests of a plan that finds no index segments,
+of making these, of a plan that finds them, and of a snapshot of all rows, on real shards.
 """
 
 import heapq
@@ -104,7 +104,10 @@ class Bucket:
         self._random = random.Random(0)
 
     def _takes(self, kind: str, requests: int = 1, *, at_once: bool = False) -> bool:
-        """Pass the time of so many requests, with the driver's own tries; whether the last one's answer is lost."""
+        """Pass the time of so many requests, with the driver's own tries.
+
+        Whether the last one's answer is lost.
+        """
         self.counts[kind] += requests
         seconds = self._latency * self._random.uniform(0.5, 1.5) * (1 if at_once else requests)
         lost = False
@@ -185,7 +188,10 @@ class Stored(ObjectFiles):
 
 
 class Keys:
-    """In place of a `KeySet`: all logs have the same keys in the same order, so how many says which."""
+    """In place of a `KeySet`: all logs have the same keys in the same order.
+
+    So how many there are says which.
+    """
 
     order: ClassVar[dict[bytes, int]] = {}
 
@@ -399,7 +405,10 @@ def simulated(world: World) -> Iterator[None]:
 
 
 def asked_for(made: int) -> dict[str, Any]:
-    """Requests of plan, segments and snapshot of a store of so many commits, by real code on real shards."""
+    """Requests of plan, segments and snapshot of a store of so many commits.
+
+    Real code makes them, on real shards.
+    """
     bucket = Bucket(0.0, 0.0)
     found: dict[str, Any] = {"commits": made}
     with TemporaryDirectory() as folder:

@@ -1,12 +1,13 @@
-"""Memory of a rank that trains a sharded student, beside the formula that decides whether one is sharded.
+"""Memory of a rank that trains a sharded student, beside the formula that decides on sharding.
 
     python tests/bench/sharded_memory.py [--tiny] [--ranks N] [--steps N]
 
-A fresh student of 0.3B parameters (20 blocks, V = 32,768, untied, float32) under FSDP2 on ranks of one
-CPU, gloo. Each step has a sample of 128 tokens for each rank, all but the first scored, cross-entropy.
-Measured is the most that a process has resident during the steps, less what it had with a student of
-a hundredth of that size, trained by the same code: so libraries count for nothing. Formula and
-measure are of one rank; bar: within 20 % of one another.
+A fresh student of 0.3B parameters (20 blocks, V =
+32,768, untied, float32) is under FSDP2 on ranks of one CPU, gloo. Each step has a sample of 128
+tokens for each rank, all but the first scored, cross-entropy. Measured is the most that a process
+has resident during the steps, less what it had with a student of a hundredth of that size, trained
+by the same code: so libraries count for nothing. Formula and measure are of one rank; bar: within
+20 % of one another.
 """
 
 import argparse
@@ -70,7 +71,10 @@ def main() -> None:
 
 
 def rank_of(rank: int, count: int, port: int, size: str, steps: int, found: Any) -> None:
-    """One rank: a small student first, so that all libraries are there; then the one that is measured."""
+    """Be one rank: a small student first, so that all libraries are there.
+
+    Then comes the one that is measured.
+    """
     import os
 
     import torch

@@ -1,4 +1,7 @@
-"""Benchmarks run one tiny step here, so that they cannot rot; their figures mean nothing at this size."""
+"""Benchmarks run one tiny step here, so that they cannot rot.
+
+Their figures mean nothing at this size.
+"""
 
 import importlib.util
 import io
@@ -18,7 +21,10 @@ HERE = Path(__file__).parent
 
 
 def bench(name: str, *words: object) -> tuple[dict[str, Any], str]:
-    """A bench to its end, in this process, which has torch already: the JSON of its last line, all it printed."""
+    """A bench run to its end in this process, which has torch already.
+
+    It gives the JSON of the last line, and all that was printed.
+    """
     script = str(HERE / f"{name}.py")
     printed = io.StringIO()
     with (

@@ -1,4 +1,7 @@
-"""Every command of every guide runs, in order, on tiny models that stand under the real names in the Hub's cache."""
+"""Every command of every guide runs, in order, on tiny models.
+
+The models stand under the real names in the Hub's cache.
+"""
 
 import json
 import os
@@ -101,7 +104,10 @@ def put_under(name: str, stand_in: Path, cache: Path) -> None:
 
 
 def write_file(block: Block, folder: Path, served: str) -> None:
-    """Recipes with smaller numbers, data with more records; `served`: the endpoint that stands for all."""
+    """Recipes with smaller numbers, data with more records.
+
+    `served`: the endpoint that stands for all.
+    """
     import yaml
 
     assert block.title is not None
@@ -193,7 +199,10 @@ def test_every_command_of_a_guide_runs(
 
 
 def do(line: str) -> None:
-    """One line of a guide: in this process if it is a command of ours and nothing else, in a shell if not."""
+    """Do one line of a guide.
+
+    It runs in this process if it is a command of ours and nothing else, in a shell if not.
+    """
     words = shlex.split(line)
     if words[0] == "stillroom" and "||" not in words:
         stillroom(*words[1:])

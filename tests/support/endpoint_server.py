@@ -52,7 +52,8 @@ class Endpoint:
     usage: bool = True
     answer: Callable[[str], str] = lambda prompt: answer_to(prompt)
     tokens: Callable[[dict[str, Any], str, str], dict[str, Any]] | None = None
-    """Of a body, prompt and text: what the choice says of its tokens; `usage` in it replaces that of the response."""
+    """Of a body, prompt and text: what the choice says of its tokens; `usage` in it replaces that
+    of the response."""
     renamed: bool = False
     """Whether the limit must be called max_completion_tokens, as by OpenAI's reasoning models."""
     lock: threading.Lock = field(default_factory=threading.Lock)

@@ -1,7 +1,7 @@
-"""A made-up teacher behind the scripted endpoint: a byte-level tokenizer, and what it says of its tokens, in each form.
+"""A made-up teacher behind the scripted endpoint: a byte-level tokenizer, and its tokens.
 
-Its distribution at a place is a softmax over the whole vocabulary that follows from the tokens before,
-so a test knows all of it.
+It says something of its tokens in each form. Its distribution at a place is a softmax over the
+whole vocabulary that follows from the tokens before, so a test knows all of it.
 """
 
 import zlib
@@ -17,7 +17,8 @@ from kit import prompts
 VOCABULARY = 300
 END = 2
 Form = Literal["ids", "bytes", "strings"]
-"""vLLM's ids; bytes as OpenAI gives them; strings of tokens decoded alone, where a part of a character is U+FFFD."""
+"""vLLM's ids; bytes as OpenAI gives them; strings of tokens decoded alone, where a part of a
+character is U+FFFD."""
 
 
 @cache
@@ -65,7 +66,10 @@ def tokens_of(prompt: str, text: str, *, ended: bool = True) -> tuple[list[int],
 
 
 def teacher_says(before: Sequence[int]) -> np.ndarray:
-    """[V] float64 log-probabilities of what follows some tokens: much the same everywhere, so it can be learnt."""
+    """[V] float64 log-probabilities of what follows some tokens.
+
+    They are much the same everywhere, so they can be learnt.
+    """
     seed = zlib.crc32(np.array(before, np.int32).tobytes())
     logits = np.random.default_rng(0).normal(0.0, 2.0, VOCABULARY)
     logits += np.random.default_rng(seed).normal(0.0, 0.5, VOCABULARY)
@@ -125,7 +129,10 @@ def bytes_of(token: int) -> bytes:
 
 @cache
 def _alphabet() -> dict[str, int]:
-    """Bytes that stand for themselves are those of Latin 1 that print; the others follow 255 in their order."""
+    """Bytes that stand for themselves are those of Latin 1 that print.
+
+    The others follow 255 in their order.
+    """
     printing = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printing]
     return {chr(b): b for b in printing} | {chr(256 + n): b for n, b in enumerate(others)}

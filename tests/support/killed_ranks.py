@@ -1,4 +1,7 @@
-"""Trainings whose ranks are killed with SIGKILL at a moment drawn, and which go on by another number of ranks."""
+"""Trainings whose ranks are killed with SIGKILL at a moment drawn.
+
+They go on by another number of ranks.
+"""
 
 import json
 import os
@@ -22,7 +25,8 @@ Way = tuple[int, str]
 WAYS: tuple[Way, ...] = ((2, "ddp"), (1, "ddp"), (2, "fsdp2"), (4, "fsdp2"), (2, "ddp"))
 TOKENS, EVERY = 2400, 2
 MOMENTS = 40
-"""A rank is killed at one of its first so many moments; a step has four or more, a checkpoint three or more."""
+"""A rank is killed at one of its first so many moments; a step has four or more, a checkpoint three
+or more."""
 _OWN = ("progress", "stop", "clock", "ranks", "journal")
 """What of a job is a process's own."""
 

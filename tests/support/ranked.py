@@ -1,4 +1,7 @@
-"""Trainings by several ranks beside the same by one: what each step did, and what is wrong on purpose."""
+"""Trainings by several ranks beside the same by one.
+
+They show what each step did, and what is wrong on purpose.
+"""
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -117,7 +120,10 @@ def _trained(ranks: Ranks, case: Case) -> Seen:
 
 @contextmanager
 def _weighing(trainer: Any, seen: Seen) -> Iterator[None]:
-    """Bytes of all parameters, whole ones and shards, whenever a block has computed, forward and backward."""
+    """Bytes of all parameters, whole ones and shards, whenever a block has computed.
+
+    That is forward and backward.
+    """
     owner = trainer._root or trainer.model
 
     def weigh(*_: Any) -> None:

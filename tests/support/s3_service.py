@@ -1,4 +1,7 @@
-"""Fixtures of an S3 server: `from s3_service import port, s3` in a conftest brings them to its tests."""
+"""Fixtures of an S3 server.
+
+`from s3_service import port, s3` in a conftest brings them to its tests.
+"""
 
 import importlib.util
 import json
@@ -73,7 +76,10 @@ def port() -> Iterator[int]:
 
 @pytest.fixture
 def s3(port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Server:
-    """Environment as a user sets it, but the driver tries once, so that our own care is what is tested."""
+    """The environment as a user sets it, but the driver tries once.
+
+    So our own care is what is tested.
+    """
     server = Server(port, f"bucket-{abs(hash(str(tmp_path)))}")
     settings = {
         "ENDPOINT_URL": server.url,

@@ -1,4 +1,7 @@
-"""A training whose gradients are made up, sharded in any way: what its checkpoints hold is known bit for bit."""
+"""A training whose gradients are made up, sharded in any way.
+
+What its checkpoints hold is known bit for bit.
+"""
 
 import json
 import os
@@ -50,7 +53,10 @@ class Block(nn.Module):
 
 
 def trainer_of(ranks: Ranks, how: str) -> Trainer:
-    """`how`: alone or replicated (`ddp`: what a checkpoint sees of it is the same on all ranks), or `fsdp2`."""
+    """Make a trainer as `how` says: alone, replicated or `fsdp2`.
+
+    Replicated is `ddp`: what a checkpoint sees of it is the same on all ranks.
+    """
     model, root = Student(), None
     if how == "fsdp2":
         for block in model.blocks:
@@ -93,7 +99,10 @@ def whole(state: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def go_on(ranks: Ranks, how: str, folder: Path, last: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Steps from the last checkpoint to `last`, of which a checkpoint is kept; the state before and after them."""
+    """Steps from the last checkpoint to `last`, of which a checkpoint is kept.
+
+    The state before and after them.
+    """
     trainer, checkpoints = trainer_of(ranks, how), Checkpoints(LocalFiles(folder), ranks)
     done = checkpoints.steps()
     if done:

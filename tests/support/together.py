@@ -1,4 +1,7 @@
-"""Ranks of a stage for tests: processes forked from a server that has loaded torch once, so each starts at once."""
+"""Ranks of a stage for tests.
+
+They are processes forked from a server that has loaded torch once, so each starts at once.
+"""
 
 import os
 import socket
@@ -73,7 +76,10 @@ class Group:
 
 
 def start(work: Callable[..., Any], *args: Any, ranks: int) -> Group:
-    """`work(ranks, *args)`, a function of a module, in so many processes that know of one another."""
+    """Start `work(ranks, *args)`, a function of a module, in so many processes.
+
+    The processes know of one another.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

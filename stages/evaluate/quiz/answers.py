@@ -1,8 +1,9 @@
-"""Greedy answers to held-out prompts, and how they are scored: exact match, a regular expression, or ROUGE-L.
+"""Greedy answers to held-out prompts, and how they are scored.
 
-A question is what stands before a row's last scored span, with a reference: the data's own where
-there is one; else what the span says, which the student was to learn; for plain text, which has no
-prompts, the document goes on where a prefix of it stops.
+They are scored by exact match, a regular expression, or ROUGE-L. A question is what stands before a
+row's last scored span, with a reference. The reference is the data's own where there is one; else
+it is what the span says, which the student was to learn. For plain text, which has no prompts, the
+document goes on where a prefix of it stops.
 """
 
 import re
@@ -57,9 +58,10 @@ class Quiz:
     """False: the answers are only to be looked at."""
 
     def answers(self, model: Any, job: Job) -> list[str]:
-        """A model's greedy answers, in batches of prompts of like length; a prompt that fills the context gets none.
+        """A model's greedy answers, in batches of prompts of like length.
 
-        The batches are the same for any number of ranks, which have them dealt out.
+        A prompt that fills the context gets none. The batches are the same for any number of
+        ranks, which have them dealt out.
         """
         job.agreed_stop()
         parts = job.ranks.each(lambda: self._of_rank(model, job))
@@ -92,7 +94,7 @@ class Quiz:
         return found
 
     def scores(self, answers: dict[str, list[str]]) -> dict[str, float]:
-        """Arm -> mean score, 0 to 1; of the teacher too where its text is not itself the reference."""
+        """Arm -> mean score, 0 to 1; the teacher's too where its text is not the reference."""
         score, answers = scorer(self.settings), self._with_teacher(answers)
         return {
             arm: sum(
@@ -109,7 +111,10 @@ class Quiz:
         return {"teacher": [str(text) for text in written], **answers}
 
     def unfinished(self, answers: dict[str, list[str]], job: Job) -> dict[str, list[str]]:
-        """Reference and arm -> prompts whose text the pattern came to no end with; such a text is right nowhere."""
+        """Reference and arm -> prompts whose text the pattern came to no end with.
+
+        Such a text is right nowhere.
+        """
         found: dict[str, list[str]] = {}
         if self.settings.pattern is None:
             return found
@@ -152,10 +157,11 @@ GOLD = "the data's reference"
 
 
 def prepare_quiz(job: Job, store: Store, rows: Iterable[dict[str, Any]]) -> Quiz | None:
-    """Choose the prompts in the order of their keys: hashes, so a random sample, and the same for every student.
+    """Choose the prompts in the order of their keys.
 
-    Without `evaluate.generate` they are few and nothing is scored; None where none are asked for,
-    and where no text is continued.
+    Keys are hashes, so this is a random sample, and the same for every student. Without
+    `evaluate.generate` the prompts are few and nothing is scored. None is given where none are
+    asked for, and where no text is continued.
 
     Args:
         job: Names inputs, teacher and author.
@@ -163,7 +169,8 @@ def prepare_quiz(job: Job, store: Store, rows: Iterable[dict[str, Any]]) -> Quiz
         rows: Held-out rows: prompt_key, generation_key, token_ids, spans.
 
     Raises:
-        UsageError: no reference matches `evaluate.generate.pattern`, or is the number that is asked for.
+        UsageError: no reference matches `evaluate.generate.pattern`, or is the number that is
+            asked for.
     """
     scored, few = job.recipe.evaluate.generate, job.recipe.evaluate.samples
     if scored is None and (few == 0 or TASKS[job.recipe.run.task].structure.in_labels):
@@ -223,7 +230,10 @@ def _questions(
     many: int,
     tokenizer: "PreTrainedTokenizerBase",
 ) -> tuple[list[Question], str]:
-    """Questions with the data's references if it has any, else with what was written, and which of the two it was."""
+    """Questions with their references, and which of two kinds these are.
+
+    They are the data's own references if it has any, else what was written.
+    """
     gold = _gold(job, store, {row["prompt_key"] for row in chosen})
     chosen = [r for r in chosen if not gold or r["prompt_key"] in gold][:many]
     rows = _rows(store, "generations", {row["generation_key"] for row in chosen}, ["text"])
@@ -251,9 +261,9 @@ def _questions(
 def _text_of(row: dict[str, Any], texts: dict[bytes, str], store: Store) -> str:
     if row["generation_key"] not in texts:
         raise IntegrityError(
-            f"{store.root}: the held-out row of prompt {row['prompt_key'].hex()} names the generation "
-            f"{row['generation_key'].hex()}, and no commit holds it. Run `stillroom verify`, then the "
-            "recipe again."
+            f"{store.root}: the held-out row of prompt {row['prompt_key'].hex()} names the "
+            f"generation {row['generation_key'].hex()}, and no commit holds it. Run `stillroom "
+            "verify`, then the recipe again."
         )
     return texts[row["generation_key"]]
 
@@ -304,7 +314,7 @@ def _rows(
 def greedy(
     model: Any, tokenizer: "PreTrainedTokenizerBase", prompts: list[list[int]], *, max_tokens: int
 ) -> list[str]:
-    """Greedy continuations of one batch, padded on the left; `model` is a transformers or PEFT language model."""
+    """Greedy continuations of one batch, padded on the left, by a transformers or PEFT model."""
     import torch
     from transformers import GenerationConfig
 
@@ -333,7 +343,7 @@ def _room(model: Any, lengths: list[int], max_tokens: int) -> int:
 
 
 def _end_tokens(model: Any, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """Every id that ends an answer: the model's own, and the end of the text that it was trained on."""
+    """Every id that ends an answer: the model's own, and that of the text it was trained on."""
     own = model.generation_config.eos_token_id if model.generation_config else None
     return sorted({*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id} - {None})
 
@@ -353,7 +363,10 @@ def scorer(settings: EvaluateGenerate) -> Callable[[str, str], float]:
 
 
 def _compared(settings: EvaluateGenerate) -> Callable[[str], Any]:
-    """What of a text is compared: of its last match, or of all of it, the normal form; None: there is none."""
+    """What of a text is compared: the normal form of its last match, or of all of it.
+
+    It is None where there is no match.
+    """
     pattern, normal_form = settings.pattern, NORMAL_FORMS[settings.normalize]
 
     def compared(text: str) -> Any:

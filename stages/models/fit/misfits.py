@@ -98,7 +98,9 @@ def refuse_quantised(folder: Path, *, field: str, name: str) -> None:
 
 
 def refuse_shared_norms(folder: Path, processes: object) -> None:
-    """Refuse several processes for a student whose weights, or those it is like, are seen to have batch norms.
+    """Refuse several processes for a student that is seen to have batch norms.
+
+    They are seen in its weights, or in those that it is like.
 
     Args:
         folder: Of the model that it begins as, or of its teacher.
@@ -116,8 +118,8 @@ def refuse_shared_norms(folder: Path, processes: object) -> None:
 def shared_norm(name: str) -> UsageError:
     """What is said of a batch norm of a student that several ranks train."""
     return UsageError(
-        f"compute.processes: {name} of the student is a batch norm, whose statistics would depend on "
-        "how many processes share a step. Set compute.processes to 1."
+        f"compute.processes: {name} of the student is a batch norm, whose statistics would depend "
+        "on how many processes share a step. Set compute.processes to 1."
     )
 
 

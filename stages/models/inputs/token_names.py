@@ -1,8 +1,9 @@
-"""What token an endpoint means by a name: the bytes, or the string, that it gives in place of an id.
+"""What token an endpoint means by a name: the bytes, or the string, in place of an id.
 
-Servers name a token by its bytes, by what it decodes to alone (without a leading space, and as U+FFFD
-where it is a part of a character), or, inside of a character, by the whole of it. So a name is taken
-for an id only where no other id can have it; which token was written is told by the text itself.
+Servers name a token by its bytes, or by what it decodes to alone (without a leading space, and as
+U+FFFD where it is a part of a character), or, inside of a character, by the whole of it. So a name
+is taken for an id only where no other id can have it. Which token was written is told by the text
+itself.
 """
 
 import json
@@ -45,7 +46,10 @@ class TokenNames:
         return self._both(token)[1]
 
     def fits(self, name: bytes, token: int, before: bytes) -> bool:
-        """Whether a server may call a token so; `before`: the part of a character that the tokens before it end in."""
+        """Whether a server may call a token so.
+
+        `before`: the part of a character that the tokens before it end in.
+        """
         exact, alone = self._both(token)
         if name in (exact, alone):
             return True

@@ -16,7 +16,8 @@ _OF_AN_ENDPOINT = (
 )
 
 _WITHOUT_EFFECT = frozenset(
-    "metadata priority prompt_cache_key request_id safety_identifier service_tier store user".split()
+    "metadata priority prompt_cache_key request_id safety_identifier service_tier store "
+    "user".split()
 )
 """Fields of a body that move no log-probability."""
 
@@ -53,8 +54,8 @@ def _whom(generate: Generate) -> Errors:
         return [*errors, ("generate.base_url", message)]
     if url.username or url.password or url.query or url.fragment:
         message = (
-            "holds a user, a query or a fragment, where keys stand, and recipes are recorded. Name the "
-            "key's environment variable in generate.api_key_env"
+            "holds a user, a query or a fragment, where keys stand, and recipes are recorded. Name "
+            "the key's environment variable in generate.api_key_env"
         )
         errors.append(("generate.base_url", message))
     return errors
@@ -67,8 +68,8 @@ def _key(generate: Generate) -> Errors:
         return []
     if not _NAME.fullmatch(name):
         message = (
-            "is not the name of an environment variable, in capitals. Write the name, as MY_API_KEY, and put the "
-            "key into that variable: recipes are recorded, keys are not"
+            "is not the name of an environment variable, in capitals. Write the name, as "
+            "MY_API_KEY, and put the key into that variable: recipes are recorded, keys are not"
         )
         return [("generate.api_key_env", message)]
     url = urlsplit(generate.base_url or "")
@@ -106,9 +107,10 @@ def _budget(generate: Generate) -> Errors:
 
 
 def check_teaching(recipe: Recipe) -> Errors:
-    """What is wrong with `generate.keep` of an endpoint, whose log-probabilities become soft targets.
+    """What is wrong with `generate.keep` of an endpoint.
 
-    What it gives under other settings nobody here can tell: of the whole vocabulary, or after them.
+    Its log-probabilities become soft targets. What it gives under other settings nobody here can
+    tell: of the whole vocabulary, or after them.
     """
     generate, score, errors = recipe.generate, recipe.score, []
     if generate is None or generate.keep is None or not generate.teaches:
@@ -116,28 +118,35 @@ def check_teaching(recipe: Recipe) -> Errors:
     if (generate.temperature, generate.top_p) != (1.0, 1.0):
         name = "temperature" if generate.temperature != 1.0 else "top_p"
         message = (
-            f"is {getattr(generate, name):g}, and whether the log-probabilities of an endpoint are those before "
-            "or after it nobody can tell; generate.keep wants those at 1. Set it to 1, or remove generate.keep"
+            f"is {getattr(generate, name):g}, and whether the log-probabilities of an endpoint are "
+            "those before or after it nobody can tell; generate.keep wants those at 1. Set it to "
+            "1, or remove generate.keep"
         )
         errors.append((f"generate.{name}", message))
     if generate.stop:
         message = (
-            "with generate.keep: which log-probabilities of an endpoint belong to the stop string nobody can "
-            "tell. Remove one of the two"
+            "with generate.keep: which log-probabilities of an endpoint belong to the stop string "
+            "nobody can tell. Remove one of the two"
         )
         errors.append(("generate.stop", message))
     errors += [("generate.engine_args", why) for why in _moving(recipe, generate)]
     if recipe.data.turns == "all":
-        message = "keeps no distributions of a prompt's own turns, which data.turns: all scores. Remove one"
+        message = (
+            "keeps no distributions of a prompt's own turns, which data.turns: all scores. Remove "
+            "one"
+        )
         errors.append(("generate.keep", message))
     if recipe.several:
         message = (
-            "an endpoint with generate.keep is the teacher of its rows, and the only one. Name `teacher`, "
-            "which lends the tokenizer, or remove generate.keep"
+            "an endpoint with generate.keep is the teacher of its rows, and the only one. Name "
+            "`teacher`, which lends the tokenizer, or remove generate.keep"
         )
         errors.append(("teachers", message))
     if recipe.student is not None and recipe.student.from_teacher_layers is not None:
-        message = "the teacher is behind an endpoint (generate.keep), and its layers are not here. Remove it"
+        message = (
+            "the teacher is behind an endpoint (generate.keep), and its layers are not here. "
+            "Remove it"
+        )
         errors.append(("student.from_teacher_layers", message))
     if score is None:
         message = (
@@ -146,8 +155,8 @@ def check_teaching(recipe: Recipe) -> Errors:
         return [*errors, ("generate.keep", message)]
     if score.engine != "auto":
         message = (
-            f"{score.engine!r} reads texts, and the teacher is behind an endpoint (generate.keep), which says "
-            "what it drew from while it writes, and never again. Remove it"
+            f"{score.engine!r} reads texts, and the teacher is behind an endpoint (generate.keep), "
+            "which says what it drew from while it writes, and never again. Remove it"
         )
         errors.append(("score.engine", message))
     if unfit := unfit_to_keep(score, generate.keep.k):
@@ -157,16 +166,16 @@ def check_teaching(recipe: Recipe) -> Errors:
 
 
 def _moving(recipe: Recipe, generate: Generate) -> Iterator[str]:
-    """Arguments under which an answer is of another distribution, or of another prompt, than is written down."""
+    """Arguments by which an answer is of another distribution or prompt than is written down."""
     given = generate.engine_args.get("chat_template_kwargs", {})
     if given != recipe.data.chat_template_kwargs:
         yield (
             f"chat_template_kwargs is {given!r}, and data.chat_template_kwargs is "
-            f"{recipe.data.chat_template_kwargs!r}: with generate.keep the endpoint must read the prompt as it is "
-            "written down here. Give the same to both"
+            f"{recipe.data.chat_template_kwargs!r}: with generate.keep the endpoint must read the "
+            "prompt as it is written down here. Give the same to both"
         )
     for name in sorted(generate.engine_args.keys() - _WITHOUT_EFFECT - {"chat_template_kwargs"}):
         yield (
-            f"{name!r} may change what the log-probabilities are of, and generate.keep wants those of the model "
-            "itself. Remove one of the two"
+            f"{name!r} may change what the log-probabilities are of, and generate.keep wants those "
+            "of the model itself. Remove one of the two"
         )

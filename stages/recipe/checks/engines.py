@@ -1,4 +1,7 @@
-"""Whether the engines can do what the recipe asks: to read with vLLM, to keep distributions while writing."""
+"""Whether the engines can do what the recipe asks.
+
+It may ask to read with vLLM, or to keep distributions while writing.
+"""
 
 from ..engines import ENGINES
 from ..kinds import HF, VLLM, Score
@@ -20,8 +23,8 @@ def check_reader(recipe: Recipe) -> Errors:
         return errors
     if not TASKS[recipe.run.task].structure.shifted:
         message = (
-            f"{VLLM!r} says what follows in a text, and the targets of {recipe.run.task} are none of "
-            f"that. Use {HF!r}"
+            f"{VLLM!r} says what follows in a text, and the targets of {recipe.run.task} are none "
+            f"of that. Use {HF!r}"
         )
         errors.append(("score.engine", message))
     if score.kernel is not None:
@@ -51,8 +54,8 @@ def check_kept(recipe: Recipe) -> Errors:
         return [*errors, (path, "there is no section `score` that would find them. Remove it")]
     if generate.model not in (None, recipe.teacher.model):
         message = (
-            f"{generate.model} writes, and score asks for the distributions of {recipe.teacher.model}. "
-            "Remove it, or let the teacher write"
+            f"{generate.model} writes, and score asks for the distributions of "
+            f"{recipe.teacher.model}. Remove it, or let the teacher write"
         )
         errors.append((path, message))
     if "logprobs_mode" in generate.engine_args:
@@ -62,14 +65,18 @@ def check_kept(recipe: Recipe) -> Errors:
         )
         errors.append((path, message))
     if recipe.data.turns == "all":
-        message = "keeps no distributions of a prompt's own turns, which data.turns: all scores. Remove one"
+        message = (
+            "keeps no distributions of a prompt's own turns, which data.turns: all scores. Remove "
+            "one"
+        )
         errors.append((path, message))
     if unfit := unfit_to_keep(score, generate.keep.k):
         errors.append((path, f"{unfit}, so the teacher would read every text again. {_MEND}"))
     if recipe.scoring_engine not in (None, generate.engine):
         message = (
-            f"score by engine {recipe.scoring_engine!r} takes its own rows alone, and generate.engine is "
-            f"{generate.engine or 'not named'}. Name the same one in both, or leave score.engine out"
+            f"score by engine {recipe.scoring_engine!r} takes its own rows alone, and "
+            f"generate.engine is {generate.engine or 'not named'}. Name the same one in both, or "
+            "leave score.engine out"
         )
         errors.append((path, message))
     return errors
@@ -81,11 +88,17 @@ _MEND = "Set that, or remove generate.keep"
 def unfit_to_keep(score: Score, k: int) -> str:
     """Why what is kept serves no text of a recipe's `score`; empty: it does."""
     if "topk" not in (score.targets, *score.kind.served_by):
-        return f"keeps the best entries, and score.targets is {score.targets!r}, expected 'topk' or 'topp'"
+        return (
+            f"keeps the best entries, and score.targets is {score.targets!r}, expected 'topk' or "
+            "'topp'"
+        )
     if score.k > k:
         return f"k {k} is less than score.k {score.k}, expected as many or more"
     if set(score.temperatures) != {1.0}:
-        return f"keeps temperature 1 alone, and score.temperatures is {score.temperatures}, expected [1.0]"
+        return (
+            f"keeps temperature 1 alone, and score.temperatures is {score.temperatures}, expected "
+            "[1.0]"
+        )
     if score.features:
         return "keeps no features, and score.features asks for some, expected none"
     return ""

@@ -1,1 +1,4 @@
-"""Training by several ranks: who holds which weights, and what the ranks tell one another in a step."""
+"""Training by several ranks.
+
+It says who holds which weights, and what the ranks tell one another in a step.
+"""

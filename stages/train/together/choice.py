@@ -2,15 +2,15 @@
 
 Bytes of a rank, N ranks, P numbers of all weights and T of those that train:
 
-    replicated   4 P + 4 T + 8 T                        weights, gradients, the two averages of AdamW
+    replicated   4 P + 4 T + 8 T, for weights, gradients, the two averages of AdamW
     sharded      the same / N, and what is whole for a time
-    whole        the root's weights; two blocks (one computes, one is gathered for it); where they train,
-                 the gradients of the root and of a block, and the copy of them that is sent
-    activations  a position and block: 16 D + 4 F numbers (D width, F width inside of the block), of which
-                 gradient checkpointing keeps D in all blocks but one
+    whole        the root's weights; two blocks (one computes, one is gathered for it); where they
+                 train, the gradients of the root and of a block, and the copy of them that is sent
+    activations  a position and block: 16 D + 4 F numbers (D width, F width inside of the block),
+                 of which gradient checkpointing keeps D in all blocks but one
     logits       those of a pass, or of a chunk of it
-    copies       in bfloat16, 2 P: autocast's copies of the weights, which the backward pass needs; none of
-                 a sharded student with gradient checkpointing
+    copies       in bfloat16, 2 P: autocast's copies of the weights, which the backward pass needs;
+                 none of a sharded student with gradient checkpointing
 """
 
 from dataclasses import dataclass
@@ -102,7 +102,10 @@ def _outputs(student: Any) -> int:
 
 
 def _activations(student: Any, *, checkpointing: bool) -> int:
-    """Numbers that a position leaves for the backward pass, by the rule above; 0 where the config says no widths."""
+    """Numbers that a position leaves for the backward pass, by the rule above.
+
+    There are 0 where the config says no widths.
+    """
     config = student.config.get_text_config()
     width = getattr(config, "hidden_size", 0)
     inside = getattr(config, "intermediate_size", None) or 4 * width
@@ -115,10 +118,9 @@ def _activations(student: Any, *, checkpointing: bool) -> int:
 def chosen(
     student: nn.Module, asked: str, train: Train, ranks: Ranks, device: torch.device, *, half: bool
 ) -> Held:
-    """By what the ranks share a student: as asked; auto shards what does not fit on each of their devices.
+    """Choose by what the ranks share a student: as asked, or for auto as it fits.
 
-    Raises:
-        UsageError: it has batch norms, or it can be neither held whole nor sharded.
+    Auto shards what does not fit on each of their devices.
     """
     if ranks.count == 1:
         return "ddp"
@@ -133,7 +135,10 @@ def chosen(
 def keeps_gradients(
     student: nn.Module, train: Train, ranks: Ranks, device: torch.device, *, half: bool
 ) -> bool:
-    """Whether a sharded student's gradients fit whole on each device, from a step's first pass to its last."""
+    """Whether a sharded student's gradients fit whole on each device during all of a step.
+
+    They would stay from a step's first pass to its last.
+    """
     whole = _numbers(student, trained=4, frozen=0)
     return _fits(student, "fsdp2", train, ranks, device, half=half, beside=whole)
 

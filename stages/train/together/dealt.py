@@ -9,7 +9,10 @@ from ...workers.ranks import Ranks
 
 
 class Dealt:
-    """Each step is one rank's, whole: so steps, and the groups that follow from them, are those of one rank alone."""
+    """Each step is dealt out whole, to one rank.
+
+    So steps, and the groups that follow from them, are those of one rank alone.
+    """
 
     def __init__(
         self,

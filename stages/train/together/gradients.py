@@ -1,8 +1,9 @@
-"""What all ranks have whole: the same weights, the sum of their gradients; and the norm, however they are held.
+"""What all ranks have whole: the same weights, and the sum of their gradients.
 
-Torch's DistributedDataParallel is not used. It sends gradients during the backward pass, so all ranks
-would need equally many passes, and a rank that runs out of memory there leaves the others waiting. Here
-nothing is sent until all ranks have done their passes.
+The norm is found here too, however they are held. Torch's DistributedDataParallel is not used. It
+sends gradients during the backward pass, so all ranks would need equally many passes, and a rank
+that runs out of memory there leaves the others waiting. Here nothing is sent until all ranks have
+done their passes.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,7 +19,9 @@ BUCKET_BYTES = 64 * 2**20
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter], ranks: Ranks) -> None:
-    """Give all ranks the sum of their gradients of whole weights; those of sharded ones are summed already.
+    """Give all ranks the sum of their gradients of whole weights.
+
+    Those of sharded ones are summed already.
 
     A rank that had no pass has none. A weight that no rank has a gradient of keeps none: the
     optimizer leaves it alone.
@@ -42,9 +45,9 @@ def sum_gradients(parameters: Iterable[nn.Parameter], ranks: Ranks) -> None:
 
 @torch.no_grad()
 def make_alike(module: nn.Module, ranks: Ranks) -> None:
-    """Give all ranks the first one's whole weights and averages: what a student's own code draws may differ.
+    """Give all ranks the first one's whole weights and averages.
 
-    Of a sharded weight each number is one rank's alone.
+    What a student's own code draws may differ. Of a sharded weight each number is one rank's alone.
     """
     if ranks.count > 1:
         for tensor in (*module.parameters(), *module.buffers()):

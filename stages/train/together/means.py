@@ -1,4 +1,7 @@
-"""What a step or a validation reports: mean losses per scored token, of sums over passes and ranks."""
+"""What a step or a validation reports: mean losses per scored token.
+
+They are means of sums over passes and ranks.
+"""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,8 +17,8 @@ class Losses:
     """Means per scored token, nats."""
 
     loss: float
-    """soft_weight * divergence + hard_weight * cross-entropy, over all: without a label the second is
-    0. And what of the features is matched, weighted."""
+    """soft_weight * divergence + hard_weight * cross-entropy, over all: without a label the second
+    is 0. And what of the features is matched, weighted."""
     soft: float | None
     """Divergence from the teacher; None where it was not computed."""
     hard: float | None
@@ -58,7 +61,10 @@ def means_of(sums: torch.Tensor, scored: int, aim: Aim) -> Losses:
 
 
 def sums_of(found: Distilled) -> torch.Tensor:
-    """[3 + P] float64 sums of soft and hard, how many have a hard one, and of each part that is matched."""
+    """[3 + P] float64 sums of soft and hard losses, of how many have a hard one, and of P parts.
+
+    The parts are those that are matched.
+    """
     hard = found.hard.double().sum()
     soft = torch.zeros_like(hard) if found.soft is None else found.soft.double().sum()
     sums = torch.stack([soft, hard, torch.full_like(hard, len(found.hard))])

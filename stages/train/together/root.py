@@ -1,10 +1,10 @@
 """A student whose weights are sharded over the ranks by FSDP2: each holds a part of every weight.
 
-A block is whole while it computes. Embedding, last norm and head are one group, that of the root, and
-whole while a pass is computed: the loss uses the head's weight outside of the head's own forward, and
-one group for both keeps tied weights tied. `fully_shard` changes the class of what it is given, and a
-student that is saved says its class. So the root is a module around the student, and its `forward`
-does whatever needs the weights of the root's group.
+A block is whole while it computes. Embedding, last norm and head are one group, that of the root,
+and whole while a pass is computed: the loss uses the head's weight outside of the head's own
+forward, and one group for both keeps tied weights tied. `fully_shard` changes the class of what it
+is given, and a student that is saved says its class. So the root is a module around the student,
+and its `forward` does whatever needs the weights of the root's group.
 """
 
 from collections.abc import Callable
@@ -29,12 +29,18 @@ class Root(nn.Module):
     """Around the student; what it is called with sees the weights of the root's group whole."""
 
     def __init__(self, student: nn.Module, *, keeps: bool = True) -> None:
-        """`keeps`: gradients of a step's passes are kept whole until the last one, and sent once."""
+        """Go around a student.
+
+        `keeps`: gradients of a step's passes are kept whole until the last one, and sent once.
+        """
         super().__init__()
         self.student, self.keeps = student, keeps
 
     def forward(self, work: Callable[[nn.Module], Any]) -> Any:
-        """What `work` makes of the student; tensors with a gradient must be in tuples, lists or dicts."""
+        """What `work` makes of the student.
+
+        Tensors with a gradient must be in tuples, lists or dicts.
+        """
         return work(self.student)
 
 
@@ -49,7 +55,8 @@ def sharded(
     """Shard a student, block by block: the device never has more than one block whole.
 
     Args:
-        student: With all of its weights, in the memory of the machine; its parameters become shards.
+        student: With all of its weights, in the memory of the machine; its parameters become
+            shards.
         ranks: Who has a part each.
         device: Where this rank computes.
         dtype: What passes compute in.
@@ -86,8 +93,8 @@ def blocks(student: nn.Module) -> nn.ModuleList:
         return blocks_of(student)
     except (UsageError, AttributeError) as error:
         raise UsageError(
-            f"compute.sharding: fsdp2 shards a student block by block, and {type(student).__name__} "
-            "has not one list of them. Set it to ddp."
+            "compute.sharding: fsdp2 shards a student block by block, and "
+            f"{type(student).__name__} has not one list of them. Set it to ddp."
         ) from error
 
 
@@ -104,7 +111,10 @@ def within(root: Root | None, student: nn.Module, work: Callable[[nn.Module], T]
 def loss_of(
     root: Root | None, student: nn.Module, work: Callable[[nn.Module], Distilled]
 ) -> Distilled:
-    """The loss that `work` finds for a student, where all weights are at hand; autograd goes through it."""
+    """The loss that `work` finds for a student, where all weights are at hand.
+
+    Autograd goes through it.
+    """
     if root is None:
         return work(student)
 
@@ -118,20 +128,29 @@ def loss_of(
 
 
 def reshard(root: Root | None) -> None:
-    """Let go of the weights that a pass without gradients left whole: they are kept for a backward pass."""
+    """Let go of the weights that a pass without gradients left whole.
+
+    They are kept whole for a backward pass.
+    """
     if root is not None:
         _module(root).reshard()
 
 
 def whole_state(student: nn.Module) -> dict[str, Any]:
-    """What trains of a sharded student, and its averages, whole and on the CPU: on the first rank; all ranks ask."""
+    """What trains of a sharded student, and its averages, whole and on the CPU.
+
+    The first rank has it, and all ranks ask for it.
+    """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
     found: dict[str, Any] = get_model_state_dict(student, options=options)
     return found
 
 
 def synchronise(root: Root, last: bool) -> None:
-    """Say whether the pass to come is the last of a step: gradients of all passes may be sent then, together."""
+    """Say whether the pass to come is the last of a step.
+
+    Gradients of all passes may be sent then, together.
+    """
     module, sends = _module(root), last or not root.keeps
     module.set_requires_gradient_sync(sends)
     module.set_is_last_backward(sends)

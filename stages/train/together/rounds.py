@@ -1,4 +1,4 @@
-"""Passes in step: where weights are sharded, every rank must take part in each pass of any of them."""
+"""Passes in step: where weights are sharded, all ranks take part in each pass of any of them."""
 
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
@@ -9,9 +9,9 @@ T = TypeVar("T")
 
 
 def rounds(passes: Iterable[T], ranks: Ranks) -> Iterator[tuple[T | None, bool]]:
-    """The passes of this rank, None where it has no more and another has; and whether it is the last of all.
+    """The passes of this rank, and with each whether it is the last of all.
 
-    There is one round at least.
+    A pass is None where this rank has no more and another one has. There is one round at least.
     """
     left = iter(passes)
     batch = next(left, None)

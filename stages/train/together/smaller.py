@@ -1,7 +1,8 @@
-"""How large passes may be, after a rank of a sharded student ran out of memory: a file in the run's folder.
+"""How large passes may be after a rank of a sharded student ran out of memory.
 
-The others wait for that rank inside a collective. So it writes the size and
-dies, whoever started the ranks starts all of them again, and they go on from the last checkpoint.
+The size is in a file in the run's folder. The others wait for that rank inside a collective. So it
+writes the size and dies, whoever started the ranks starts all of them again, and they go on from
+the last checkpoint.
 """
 
 from ....storage.bounds import integer
@@ -12,15 +13,18 @@ from ...workers.ranks import Ranks
 
 
 class OutOfMemory(ProcessDied):
-    """A rank of a sharded student ran out of memory; all ranks are to be started again, with passes of `tokens`."""
+    """A rank of a sharded student ran out of memory.
+
+    All ranks are to be started again, with passes of `tokens`.
+    """
 
     def __init__(self, tokens: int, message: str, ranks: Ranks) -> None:
         """`message` is torch's."""
         self.tokens = tokens
         super().__init__(
-            f"train: rank {ranks.rank} of {ranks.count} ran out of memory ({message}). The others wait "
-            f"for it, so all ranks start again, with passes of {tokens} tokens. Run the same command "
-            "again if they do not."
+            f"train: rank {ranks.rank} of {ranks.count} ran out of memory ({message}). The others "
+            f"wait for it, so all ranks start again, with passes of {tokens} tokens. Run the same "
+            "command again if they do not."
         )
 
 

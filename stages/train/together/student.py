@@ -1,4 +1,7 @@
-"""The student as a training begins: on its device, whole or sharded, and how its samples become passes."""
+"""The student as a training begins: on its device, whole or sharded.
+
+It is also said here how its samples become passes.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -26,7 +29,9 @@ from .smaller import smaller
 def placed(
     job: Job, teacher_dir: Path, *, device: torch.device, dtype: torch.dtype
 ) -> tuple[Any, Root | None]:
-    """The student as it begins, on its device: all of it, or this rank's part with what is around it.
+    """The student as it begins, on its device.
+
+    It is all of it, or this rank's part with what is around it.
 
     Args:
         job: Its recipe, and its ranks.
@@ -64,8 +69,8 @@ def made_whole(job: Job, teacher_dir: Path, state: Mapping[str, Any]) -> nn.Modu
     unknown = model.load_state_dict(state, strict=False).unexpected_keys
     if wrong := [*sorted(trained - set(state)), *unknown]:
         raise StillroomError(
-            f"train: the gathered student has not the weights of the one that it began as ({wrong[0]}). "
-            "Its checkpoint is kept. Set compute.sharding to ddp, and run again."
+            "train: the gathered student has not the weights of the one that it began as "
+            f"({wrong[0]}). Its checkpoint is kept. Set compute.sharding to ddp, and run again."
         )
     return model
 

@@ -1,4 +1,7 @@
-"""Each advice fires on a planted case and is silent on a good run; plan, status, run and report say the same."""
+"""Each advice fires on a planted case and is silent on a good run.
+
+Plan, status, run and report say the same.
+"""
 
 import math
 import random
@@ -22,7 +25,10 @@ Run = dict[str, Any]
 
 
 def curve(loss: Callable[[float], float], *, noise: float = 0.01, points: int = 200) -> list[Run]:
-    """A history: the loss as a function of the share of the training, with noise of batches; norms that vary by two."""
+    """A history: the loss as a function of the share of the training, with noise of batches.
+
+    Norms that vary by two.
+    """
     drawn = random.Random(7)
     return [
         {
@@ -227,7 +233,10 @@ def test_the_report_says_it_near_the_top_and_for_programs(tmp_path: Path) -> Non
 
 
 def test_the_whole_way_every_command_names_the_mass_and_the_k(tmp_path: Path) -> None:
-    """An unsure teacher of 32 ids, one entry stored: K for 0.9 as an own sum over the stored rows has it."""
+    """The whole way with an unsure teacher of 32 ids and one entry stored.
+
+    K for 0.9 is as an own sum over the stored rows has it.
+    """
     sizes = {"hidden_size": 32, "intermediate_size": 64, "initializer_range": 0.2}
     teacher = save_tiny_llama(tmp_path / "teacher", **sizes)
     source = write_jsonl(tmp_path / "prompts.jsonl", prompts(24))

@@ -1,4 +1,7 @@
-"""`doctor`: here, without hard links, on object stores, where nothing can be written; and broken libraries."""
+"""`doctor`: here, without hard links, on object stores, and where nothing can be written.
+
+Broken libraries are found too.
+"""
 
 import errno
 import json
@@ -94,7 +97,10 @@ def _overwrite(self: LocalFiles, name: str, data: bytes) -> bool:
 @pytest.mark.skipif(sys.platform != "linux", reason="needs mount namespaces")
 def test_a_read_only_folder_says_what_still_works(tmp_path: Path) -> None:
     Store.open(tmp_path / "store", create=True)
-    mount = f"mount --bind {tmp_path}/store {tmp_path}/store && mount -o remount,ro,bind {tmp_path}/store && "
+    mount = (
+        f"mount --bind {tmp_path}/store {tmp_path}/store && "
+        f"mount -o remount,ro,bind {tmp_path}/store && "
+    )
     script = tmp_path / "ask.py"
     script.write_text(
         "import sys\nfrom stillroom.pipeline.doctor.place import look\n"

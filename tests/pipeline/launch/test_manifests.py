@@ -1,4 +1,7 @@
-"""The manifests of the guide: what their tools' own checks miss, and command lines that the product reads."""
+"""The manifests of the guide: what their tools' own checks miss, and their command lines.
+
+The product reads those command lines.
+"""
 
 import re
 import shlex

@@ -1,4 +1,7 @@
-"""Actors of Ray: a worker that is killed is replaced, its command ends with it, a signal lets all commit."""
+"""Actors of Ray: a worker that is killed is replaced, and its command ends with it.
+
+A signal lets all commit.
+"""
 
 import json
 import os

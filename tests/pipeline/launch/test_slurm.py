@@ -13,7 +13,8 @@ import pytest
 from kit import last_json, prompts, stillroom, write_jsonl, write_recipe
 from running import until
 
-# Each call is a line of JSON in $CALLS: the program's name and its words. Python does as $DOES says.
+# Each call is a line of JSON in $CALLS: the program's name and its words.
+# Python does as $DOES says.
 STUB = """#!{python}
 import json, os, signal, sys, time
 name, words = os.path.basename(sys.argv[0]), sys.argv[1:]
@@ -32,7 +33,10 @@ note()
 if name == "sbatch":
     if "fails" in os.environ.get("DOES", ""):
         sys.exit("sbatch: error: invalid partition specified")
-    print(101 + sum(json.loads(line)["name"] == "sbatch" for line in open(os.environ["CALLS"])), end=";here\\n")
+    print(
+        101 + sum(json.loads(line)["name"] == "sbatch" for line in open(os.environ["CALLS"])),
+        end=";here\\n",
+    )
 elif name == "python":
     does = os.environ.get("DOES", "0")
     if does == "waits":

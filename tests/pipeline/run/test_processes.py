@@ -1,4 +1,7 @@
-"""Stages are processes: one group at a time, none outlives its runner, and a kill at any moment loses nothing."""
+"""Stages are processes: one group at a time, and none outlives its runner.
+
+A kill at any moment loses nothing.
+"""
 
 import io
 import signal
@@ -110,7 +113,10 @@ def test_teacher_and_student_never_live_at_the_same_time(recipe: Path, tmp_path:
 
 
 def test_the_next_stage_waits_for_every_process_of_the_group(tmp_path: Path) -> None:
-    """A stage may leave children behind (an engine's workers): they are gone before the next stage starts."""
+    """A stage may leave children behind (an engine's workers).
+
+    They are gone before the next stage starts.
+    """
     group = subprocess.Popen(["sh", "-c", "sleep 600 & sleep 600 & wait"], start_new_session=True)
     until(lambda: len(group_members(group.pid)) == 3, "the group")
     end_group(group.pid)

@@ -1,4 +1,7 @@
-"""One rank under a launcher: who it is by torchrun's names or Slurm's, and the whole of stage two with another one."""
+"""One rank under a launcher: who it is, by torchrun's names or Slurm's.
+
+The whole of stage two is also done with another rank.
+"""
 
 import json
 import shutil

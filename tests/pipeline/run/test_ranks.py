@@ -1,4 +1,7 @@
-"""Ranks of one run: each on its own device, all ended with the first that dies, and started again together."""
+"""Ranks of one run: each on its own device, and all ended with the first that dies.
+
+They are started again together.
+"""
 
 import os
 import signal

@@ -1,4 +1,7 @@
-"""The evaluate stage on a real store: a tiny random teacher, its own distributions as targets, students beside it."""
+"""The evaluate stage on a real store.
+
+There is a tiny random teacher with its own distributions as targets, and students beside it.
+"""
 
 import gc
 import json
@@ -260,7 +263,10 @@ def put_prompts(world: World, references: list[str | None]) -> None:
 
 
 def measured(world: World, model: LlamaForCausalLM) -> dict[str, float]:
-    """Cross-entropy, KL and acceptance by the teacher over all completions, from the definitions in float64."""
+    """Cross-entropy, KL and acceptance by the teacher over all completions.
+
+    They are computed from the definitions in float64.
+    """
     losses, divergences, accepted = [], [], []
     for row in world.generations:
         ids, start = row["token_ids"], max(row["prompt_tokens"], 1)
@@ -312,7 +318,10 @@ def test_every_arm_is_measured_as_defined(world: World) -> None:
 
 @pytest.mark.numeric
 def test_any_number_of_ranks_finds_the_same(world: World, tmp_path: Path) -> None:
-    """All of it, bit for bit: numbers, errors, gradients, answers, what the report draws and shows."""
+    """All of it is the same, bit for bit.
+
+    That is numbers, errors, gradients, answers, what the report draws and what it shows.
+    """
     put_prompts(world, [f"w{n + 2}" for n in range(PROMPTS)])
     asked = {"prompts": PROMPTS, "max_tokens": 4, "metric": "rouge_l"}
     job = world.job(
@@ -460,7 +469,10 @@ def test_gradients_that_do_not_fit_in_memory_cost_nothing_else(
 
 
 def test_progress_counts_what_models_read_and_reaches_its_total(world: World) -> None:
-    """Both students; the teacher's rows are read from the store, which says nothing of the time left."""
+    """Both students.
+
+    The teacher's rows are read from the store, which says nothing of the time left.
+    """
     put_prompts(world, [None] * PROMPTS)
     job = world.job(world.score("topk", 8), evaluate={"generate": {"prompts": 5, "max_tokens": 4}})
     evaluate.run(job)

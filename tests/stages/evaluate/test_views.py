@@ -1,4 +1,7 @@
-"""What a report shows of held-out rows: every bin, mean and probability against its definition in float64."""
+"""What a report shows of held-out rows.
+
+Every bin, mean and probability is held against its definition in float64.
+"""
 
 import math
 from itertools import pairwise
@@ -38,7 +41,10 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 
 class HeldOut:
-    """Random rows: the teacher's log-probabilities and the student's logits in float64, in chunks or whole."""
+    """Random rows: the teacher's log-probabilities and the student's logits in float64.
+
+    They are given in chunks or whole.
+    """
 
     def __init__(self, spans: list[int], *, rows_per_prompt: int = 1) -> None:
         rng = np.random.default_rng(5)

@@ -1,6 +1,7 @@
-"""An endpoint's log-probabilities as soft targets: of its own ids or by names of tokens; or rejected, with the place.
+"""An endpoint's log-probabilities as soft targets.
 
-What the made-up teacher says is in `endpoint_tokens.py`.
+They are of its own ids or by names of tokens, or are rejected with the place. What the made-up
+teacher says is in `endpoint_tokens.py`.
 """
 
 from collections.abc import Callable

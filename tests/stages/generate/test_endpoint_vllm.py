@@ -1,4 +1,7 @@
-"""A real endpoint, `vllm serve` on 127.0.0.1: it writes what the offline engine writes, with its log-probabilities."""
+"""A real endpoint, `vllm serve` on 127.0.0.1, writes what the offline engine writes.
+
+It gives its log-probabilities too.
+"""
 
 import json
 import os
@@ -120,7 +123,10 @@ def test_greedy_rows_are_those_of_the_offline_engine(
 def test_log_probabilities_are_those_of_the_offline_engine(
     served: str, assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    """By the ids that the server gives, and by the names of tokens, which are the same where they are of one id."""
+    """Targets by the ids that the server gives equal those by the names of tokens.
+
+    They are the same where the names are of one id.
+    """
     model = tmp_path / "model"
     shutil.copytree(assets / "models/stories260k-llama-hd32", model)
     (model / "chat_template.jinja").write_text(TEMPLATE)
@@ -169,7 +175,10 @@ def test_log_probabilities_are_those_of_the_offline_engine(
 
 
 def is_ambiguous(names: TokenNames, token: int) -> bool:
-    """Whether another id may be called so: vLLM decodes each alone, without the space that it begins with."""
+    """Whether another id may be called so.
+
+    vLLM decodes each alone, without the space that it begins with.
+    """
     called = names.alone(token)
     others = [i for i in range(512) if called in (names.alone(i), names.exact(i))]
     return not called.isascii() or not called or len(others) > 1
@@ -178,7 +187,10 @@ def is_ambiguous(names: TokenNames, token: int) -> bool:
 def compare_offline(
     model: Path, folder: Path, by_ids: dict[bytes, dict[str, Any]], *, chat: bool
 ) -> None:
-    """Each row against what the engine keeps in this process, drawing with the seeds that the server was given."""
+    """Each row is held against what the engine keeps in this process.
+
+    The engine draws with the seeds that the server was given.
+    """
     (file,) = (folder / "run/answers").rglob("*.jsonl")
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     heard = [line for line in lines if "answered" in line]

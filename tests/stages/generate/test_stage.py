@@ -1,4 +1,7 @@
-"""Engines: greedy text equals transformers' own, a row's text is its own, sampling is from the right distribution."""
+"""Engines: greedy text equals transformers' own, and a row's text is its own.
+
+Sampling is from the right distribution.
+"""
 
 import json
 import shutil
@@ -52,7 +55,10 @@ def written(
 
 
 def vllm_of(author: Identity, wanted: Generate) -> VllmEngine:
-    """The engine that is open, told of other settings, if it has this folder; else a new one in its place."""
+    """The engine that is open, told of other settings, if it has this folder.
+
+    Else a new one in its place.
+    """
     if author.folder not in open_vllm or author.folder.name != Path(STORIES).name:
         close_vllm()
         open_vllm[author.folder] = VllmEngine(author, wanted, Clock())
@@ -138,7 +144,10 @@ def test_a_stop_string_ends_the_text_before_it(name: str, assets: Path, tmp_path
 def test_what_tokens_were_drawn_from_is_kept_raw(
     name: str, sampling: dict[str, float], assets: Path, tmp_path: Path
 ) -> None:
-    """Neither temperature nor top_p is in it, nothing outside a nucleus is -inf; what a stop string cuts is cut."""
+    """Neither temperature nor top_p is in it, nothing outside a nucleus is -inf.
+
+    What a stop string cuts is cut.
+    """
     author = author_at(assets / STORIES, tmp_path)
     model = load_causal_lm(author)
     requests = [Request(n, [1, 403, 407, 261][: 2 + n % 3], seed=n) for n in range(6)]
@@ -194,7 +203,10 @@ def test_ids_end_where_the_text_ends(
 def test_noise_per_row_draws_from_the_models_distribution(
     tiny_llama: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """1,500 first tokens against the probabilities, within 4.5 standard deviations for every token."""
+    """1,500 first tokens are held against the probabilities.
+
+    Every token is within 4.5 standard deviations.
+    """
     from transformers import AutoModelForCausalLM
 
     folder = tiny_llama(initializer_range=1.0)
@@ -285,7 +297,10 @@ CAT_THE, DOG, CAT, THE = (
 def test_rows_end_where_their_own_completion_does(
     tiny_llama: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """End id 0, prompts that end in the beginning of a stop string; the rows of an endless model say where ends are."""
+    """End id 0, prompts that end in the beginning of a stop string.
+
+    The rows of an endless model say where ends are.
+    """
     sampled = {"temperature": 1.0, "max_tokens": 16, "engine_args": {"batch_size": 64}}
     requests = [Request(n, [1, *[5] * (n % 3), CAT], seed=n) for n in range(64)]
     endless = author_at(tiny_llama("endless", eos_token_id=None), tmp_path)
@@ -405,7 +420,10 @@ def test_arguments_that_hf_does_not_know_are_refused(
 
 
 def idle_vllm(steps: list[list[object]]) -> tuple[VllmEngine, list[str]]:
-    """A VllmEngine on an engine that takes nothing, or works for some steps; and what was called on it."""
+    """A VllmEngine on an engine that takes nothing, or works for some steps.
+
+    What was called on it comes with it.
+    """
     calls: list[str] = []
 
     def step() -> list[object]:

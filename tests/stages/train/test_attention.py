@@ -1,4 +1,7 @@
-"""Training that matches attention and relations: the same as with the live teacher, however samples share passes."""
+"""Training that matches attention and relations is the same as with the live teacher.
+
+That holds however samples share passes.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -79,7 +82,10 @@ def test_a_student_comes_to_look_where_its_teacher_looks(causal: Causal, tmp_pat
 
 
 def test_how_samples_share_passes_changes_nothing(causal: Causal, tmp_path: Path) -> None:
-    """A single row a pass, rows with padding, one sample a row, and blocks that are computed again."""
+    """How samples share passes changes nothing.
+
+    They are a single row a pass, rows with padding, one sample a row, and blocks computed again.
+    """
     ways = (
         {},
         {"tokens_per_pass": 32},

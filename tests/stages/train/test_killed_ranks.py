@@ -1,4 +1,4 @@
-"""Ranks that are killed: the training goes on with another number of them, as if nothing had been."""
+"""Ranks are killed, and the training goes on with another number of them as if nothing had been."""
 
 from pathlib import Path
 
@@ -11,7 +11,10 @@ pytestmark = pytest.mark.numeric
 def test_a_training_whose_ranks_are_killed_four_times_is_the_undisturbed_one(
     tmp_path: Path,
 ) -> None:
-    """By 2 ranks, 1, 2 sharded, 4 sharded and 2; `tests/bench/rank_kills.py` does so a hundred times."""
+    """By 2 ranks, 1, 2 sharded, 4 sharded and 2.
+
+    `tests/bench/rank_kills.py` does so a hundred times.
+    """
     outcome = World(tmp_path).killed("killed", seed=7)
     assert outcome.kills == 4
     assert (outcome.missing, outcome.twice) == (0, 0)

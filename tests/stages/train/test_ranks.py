@@ -1,4 +1,7 @@
-"""Several ranks train as one does: losses, batches, students; and what would be silently wrong is seen."""
+"""Several ranks train as one does: losses, batches, students.
+
+What would be silently wrong is seen.
+"""
 
 import random
 from itertools import chain
@@ -30,7 +33,8 @@ TIED = {"config": {"num_hidden_layers": 2, "tie_word_embeddings": True}}
 DEEP = {"config": {"num_hidden_layers": 8}}
 SIXTY = {"tokens": 5900, "evaluate_every_tokens": 2000, "validate": True}
 SAME = 1e-5
-"""Of the loss of a step, as rounding leaves it; of a gradient's norm a hundred times as much, relative."""
+"""Of the loss of a step, as rounding leaves it; of a gradient's norm a hundred times as much,
+relative."""
 
 
 @pytest.fixture(scope="module")

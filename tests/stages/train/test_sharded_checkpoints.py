@@ -1,4 +1,7 @@
-"""Checkpoints of several ranks: the same whoever writes them, whole or not there whenever somebody is killed."""
+"""Checkpoints of several ranks are the same whoever writes them.
+
+They are whole or not there whenever somebody is killed.
+"""
 
 import json
 import shutil
@@ -30,14 +33,20 @@ def files_of(folder: Path, step: int) -> list[Path]:
 
 
 def assert_same_but_for_rounding(found: dict[str, Any], expected: dict[str, Any]) -> None:
-    """A fused step rounds the last few numbers of a shard as it does those of a whole tensor's end."""
+    """Hold trainings together but for rounding.
+
+    A fused step rounds the last few numbers of a shard as it does those of a whole tensor's end.
+    """
     assert found.keys() == expected.keys()
     for name, values in expected.items():
         np.testing.assert_allclose(found[name], values, rtol=1e-5, atol=1e-6, err_msg=name)
 
 
 def test_any_number_of_ranks_goes_on_from_any_other(tmp_path: Path) -> None:
-    """Through 1, 2, 4, 2 and 1 ranks, sharded and not: what is read is what was written, bit for bit."""
+    """Training goes through 1, 2, 4, 2 and 1 ranks, sharded and not.
+
+    What is read is what was written, bit for bit.
+    """
     ((_, expected),) = together(go_on, "alone", tmp_path / "undisturbed", 12, ranks=1)
     folder = tmp_path / "moved"
     ways = [(1, "alone"), (2, "fsdp2"), (4, "fsdp2"), (2, "ddp"), (2, "fsdp2"), (1, "alone")]
@@ -70,7 +79,10 @@ def test_ranks_go_on_from_a_checkpoint_of_before(tmp_path: Path) -> None:
 
 
 def test_a_rank_that_is_killed_leaves_the_checkpoint_before_whole(tmp_path: Path) -> None:
-    """Each rank is killed after each thing that it does on disk: the new checkpoint is whole or not there."""
+    """Each rank is killed after each thing that it does on disk.
+
+    The new checkpoint is whole or not there.
+    """
     states = {n: together(go_on, "fsdp2", tmp_path / f"to {n}", n, ranks=2)[0][1] for n in (1, 2)}
     seen = set()
     for victim in (0, 1):

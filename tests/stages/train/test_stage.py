@@ -180,7 +180,10 @@ def test_epochs_feed_every_sample_so_often(world):
 
 @pytest.mark.parametrize("validate", [False, True])
 def test_stopping_anywhere_and_going_on_changes_nothing(world, validate):
-    """Whatever look at the stop flag raises, between passes or steps or in a validation, the end is bit-equal."""
+    """Whatever look at the stop flag raises, the end is bit-equal.
+
+    The look is between passes or steps, or in a validation.
+    """
     recipe = world.recipe(
         loss={
             "soft_weight": {"shape": "wsd", "start": 0.2, "peak": 0.9, "end": 0.5},
@@ -520,7 +523,10 @@ class TestRefusals:
 
 @pytest.mark.numeric
 def test_a_larger_teacher_vocabulary_goes_into_the_tail(tiny_llama, tmp_path):
-    """The teacher's embedding is padded to 40, the student's ends at 32, as with models of one family."""
+    """The teacher's embedding is padded to 40, and the student's ends at 32.
+
+    So it is with models of one family.
+    """
     world = World(tiny_llama("teacher", vocab_size=40, initializer_range=0.6), tmp_path, k=30)
     recipe = world.recipe(
         score={"k": 30}, student={"model": str(tiny_llama("small", seed=3, vocab_size=32))}
@@ -535,7 +541,10 @@ def test_a_larger_teacher_vocabulary_goes_into_the_tail(tiny_llama, tmp_path):
 def test_a_real_teacher_teaches(assets, tmp_path):
     teacher = assets / "models" / "stories260k-llama-hd32"
     tokenizer = AutoTokenizer.from_pretrained(teacher)
-    story = "Once upon a time, there was a little girl named Lily. She loved to play outside with her dog {} in the {}."
+    story = (
+        "Once upon a time, there was a little girl named Lily. She loved to play outside with her "
+        "dog {} in the {}."
+    )
     pairs = [
         (a, b)
         for a in ("Max", "Spot", "Tim", "Sam")

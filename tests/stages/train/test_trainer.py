@@ -319,7 +319,10 @@ def fed(trainer, steps, total):
 
 
 def test_passes_made_ahead_change_nothing():
-    """What is scheduled goes by the step that a pass belongs to, not by the time at which it is made."""
+    """What is scheduled goes by the step that a pass belongs to.
+
+    It does not go by the time at which the pass is made.
+    """
     loss = Loss(temperature={"shape": "linear", "start": 3.0, "end": 1.0})
     plain, ahead = make_trainer(loss=loss), make_trainer(loss=loss)
     for trainer in (plain, ahead):

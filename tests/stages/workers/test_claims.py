@@ -1,4 +1,7 @@
-"""Claims: workers spread over the blocks, come back to each other's last, and never rest on what a claim says."""
+"""Claims: workers spread over the blocks, and come back to each other's last.
+
+They never rest on what a claim says.
+"""
 
 import random
 from collections import Counter
@@ -29,7 +32,10 @@ class Table:
         return len(self.blocks) * ROWS
 
     def worker(self, files: Files, backups: list[int] | None = None) -> Iterator[tuple[int, int]]:
-        """One row after the other, committed as soon as the next is asked for; rows that others made are left out."""
+        """One row after the other, committed as soon as the next is asked for.
+
+        Rows that others made are left out.
+        """
 
         def left(block: int) -> list[tuple[int, int]]:
             return [(block, row) for row in range(ROWS) if (block, row) not in self.done]

@@ -1,4 +1,7 @@
-"""Who keeps the others waiting is named by the strongest sign, and nobody is where nothing singles one out."""
+"""Who keeps the others waiting is named by the strongest sign.
+
+Nobody is named where nothing singles one out.
+"""
 
 from stillroom.stages.workers.watch import Sign, suspects
 

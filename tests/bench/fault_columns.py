@@ -276,6 +276,9 @@ LOOKS = {
     "schema": "prints",
     "inspect": "writes nothing",
     "verify": "writes nothing",
+    "doctor": "writes what it removes again",
+    "launch": "starts `run` and `train` elsewhere",
+    "train": "is the column of training, by ranks that others have started",
 }
 """Commands without a column, and why."""
 

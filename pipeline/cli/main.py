@@ -260,6 +260,7 @@ def train(
     from ...stages.recipe.load import load_recipe
 
     loaded = load_recipe(recipe, overrides)
+    from ...stages.workers.ranks import Ranks
     from ..run.rank import SaidElsewhere
     from ..run.rank import train as run_rank
 
@@ -268,6 +269,8 @@ def train(
     except SaidElsewhere as error:
         os._exit(error.exit_code)
     except StillroomError as error:
+        if Ranks.here().count == 1:
+            raise
         _hear_nothing()
         _fail(error, at_once=True)  # a thread may wait in torch for a rank that is gone
     if outcome is not None:

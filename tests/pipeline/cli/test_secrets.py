@@ -95,6 +95,9 @@ WORKS: dict[str, list[tuple[Any, ...]]] = {
     "publish": [("RECIPE", "OUT", *LICENSES)],
     "schema": [()],
     "init": [("NEW",)],
+    "doctor": [("STORE",)],
+    "launch": [("RECIPE", "--on", "slurm", "--workers", "2", "--dry-run")],
+    "train": [("RECIPE",)],
 }
 FAILS: dict[str, list[tuple[Any, ...]]] = {
     **{
@@ -121,6 +124,9 @@ FAILS: dict[str, list[tuple[Any, ...]]] = {
     "publish": [("RECIPE", ADDRESS, *LICENSES)],
     "import": [(ADDRESS, "NEW", "--targets-at", "next", "--teacher", ADDRESS)],
     "demo": [("--dir", "RECIPE")],
+    "doctor": [(ADDRESS,), (BUCKET,)],
+    "launch": [("RECIPE", "--on", "slurm", "--set", f"teacher.model={ADDRESS}", "--dry-run")],
+    "train": [("RECIPE", "--set", f"data.source={ADDRESS}")],
 }
 
 

@@ -18,6 +18,7 @@ from tiny_classes import World, records
 from tiny_llama import save_tiny_llama
 from tiny_models import save_tiny_bert
 from tiny_store import SilentProgress, make_job, make_recipe, make_store, random_texts, snapshot_of
+from together import Left
 
 from stillroom.stages.workers.job import Job, StopFlag
 from stillroom.stages.workers.ranks import Ranks
@@ -73,6 +74,11 @@ def case_of(name: str, job: Job, *, wrong: str = "") -> Case:
 def trained_by(ranks: Ranks, cases: Sequence[Case]) -> list[Seen]:
     """Train all; work of `together.together`, and of a rank alone in this process."""
     return [_trained(ranks, case) for case in cases]
+
+
+def trained_until_one_dies(ranks: Ranks, cases: Sequence[Case]) -> Left:
+    """The same, where a rank fails."""
+    return Left(trained_by(ranks, cases))
 
 
 def alone(case: Case) -> Seen:

@@ -41,6 +41,13 @@ _SERVER.set_forkserver_preload(
 
 
 @dataclass
+class Left:
+    """What a rank gives back that leaves without the others: they may wait for it elsewhere."""
+
+    found: Any
+
+
+@dataclass
 class Group:
     """Ranks under way."""
 
@@ -124,5 +131,9 @@ def _rank(
     }
     ranks = Ranks.here()
     ranks.open(seconds=PATIENCE)
-    answer.send(work(ranks, *args))
+    found = work(ranks, *args)
+    if isinstance(found, Left):
+        answer.send(found.found)
+        return
+    answer.send(found)
     ranks.close()

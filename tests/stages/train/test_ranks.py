@@ -11,7 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ranked import Case, Seen, Trainings, alone, off, student_of, told, trained_by
+from ranked import (
+    Case,
+    Seen,
+    Trainings,
+    alone,
+    off,
+    student_of,
+    told,
+    trained_by,
+    trained_until_one_dies,
+)
 from safetensors.torch import save_file
 from tiny_store import random_texts
 from together import together
@@ -168,7 +178,7 @@ def test_a_sharded_rank_without_memory_leaves_a_size_for_the_next_start(
     trainings: Trainings,
 ) -> None:
     case = trainings.causal("dies", "fsdp2", wrong="out of memory")
-    first, second = (of[0] for of in together(trained_by, [case], ranks=2))
+    first, second = (of[0] for of in together(trained_until_one_dies, [case], ranks=2))
     assert second.error.startswith("OutOfMemory: train: rank 1 of 2 ran out of memory (made up)")
     assert first.error
     folder = case.job["train_dirs"]["student"]

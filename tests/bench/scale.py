@@ -292,13 +292,14 @@ class Worker(threading.Thread):
         keys = (struct.pack(">QQ", block, piece) for piece in range(PIECES))
         return [key for key in keys if not self.writer.committed(key)]
 
-    def _look(self, commit: bool) -> None:
+    def _look(self, commit: bool) -> int:
         began = self.world.now
         if commit:
             self.writer.flush()
         self.writer.refresh()
         took = self.world.now - began
         self._next_look = self.world.now + max(LOOK_SECONDS, LOOK_SHARE * took)
+        return self.writer.others
 
     def _make(self, key: bytes) -> None:
         seconds = BLOCK_SECONDS / PIECES * self.random.uniform(1 - SPREAD, 1 + SPREAD)

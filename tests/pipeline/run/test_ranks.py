@@ -207,8 +207,9 @@ def test_a_student_with_batch_norms_is_one_process_s_where_nobody_asked_for_more
     }
     recipe = write_recipe(tmp_path, save_tiny_resnet(tmp_path / "teacher"), source, **sections)
     several = ("--set", "compute.processes=2")
-    said = stillroom("plan", recipe, *several, expect=2).stderr
-    assert "is a batch norm, whose statistics" in said
+    slurm = ("launch", recipe, "--on", "slurm", "--workers", 1, "--ranks", 2, "--dry-run")
+    for words in (("plan", recipe, *several), slurm):
+        assert "is a batch norm, whose statistics" in stillroom(*words, expect=2).stderr
     vit = "student.config={model_type: vit, hidden_size: 8, num_attention_heads: 2, patch_size: 4}"
     stillroom("plan", recipe, *several, "--set", vit)
     stillroom("run", recipe, "--until", "score")

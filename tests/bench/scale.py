@@ -222,7 +222,12 @@ class NoLog:
     """In place of a `ShardWriter`: what one has done all know at once."""
 
     def __init__(self, done: set[bytes]) -> None:
-        self._done = done
+        self._done, self._own = done, 0
+
+    @property
+    def others(self) -> int:
+        """What others have done, though none of it is a commit."""
+        return len(self._done) - self._own
 
     def __enter__(self) -> "NoLog":
         return self
@@ -236,6 +241,7 @@ class NoLog:
 
     def add(self, row: dict[str, Any]) -> None:
         """It is done."""
+        self._own += row["key"] not in self._done
         self._done.add(row["key"])
 
     def refresh(self) -> None:

@@ -39,6 +39,10 @@ class NotLoaded(UsageError):
     """A model that a library cannot load; another one may."""
 
 
+class NotTogether(UsageError):
+    """Several ranks cannot do it together; one process can."""
+
+
 class IntegrityError(StillroomError):
     """Data on disk does not match its record, its schema or its checksum."""
 

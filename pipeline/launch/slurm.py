@@ -14,6 +14,7 @@ from pathlib import Path
 from shutil import which
 
 from ...storage.errors import StillroomError, UsageError
+from ..plan.refusals import refuse_early
 from .jobs import FOLDER, Job, Launch, gpus_each, jobs, ranks_asked, workers_asked
 
 SUBMIT = "submit.sh"
@@ -120,6 +121,11 @@ def _refuse(launch: Launch, asked: Asked) -> None:
             f"run.dir: Slurm cannot name a log in {folder!r}, for it reads the backslash or line "
             "break otherwise. Name another folder."
         )
+    if (together := asked.nodes * (ranks_asked(launch.recipe, asked.ranks) or 1)) > 1:
+        compute = launch.recipe.compute.model_copy(update={"processes": together})
+        several = launch.recipe.model_copy(update={"compute": compute})
+        # What several ranks cannot train: the plan knows of the recipe's own number alone.
+        refuse_early(several, launch.plan.bound, write=False)
     if workers_asked(launch.recipe, asked.workers) is None:
         raise UsageError(
             "launch: how many workers? Nothing here says how many GPUs the cluster can give. Give "

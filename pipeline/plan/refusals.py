@@ -10,6 +10,7 @@ from ...stages.models.students.fresh import refuse_fresh
 from ...stages.models.students.stored_tensors import refuse_lora
 from ...stages.recipe.sections import Recipe, Student
 from ...stages.recipe.stages import needed
+from ...stages.recipe.tasks import TASKS
 from ...stages.targets.masks import masks_of
 from ...storage.errors import UsageError
 from .features import refuse_features
@@ -66,7 +67,7 @@ def _refuse_student(recipe: Recipe, folder: Path | None, teacher: Identity, *, w
     if student.model is None and student.factory is None:
         layers = student.from_teacher_layers
         refuse_fresh(teacher.folder, student.config or {}, recipe.run.task, layers)
-        refuse_shared_norms(teacher.folder, recipe.compute.processes)
+        _refuse_fresh_norms(recipe, teacher)
     if folder is not None or student.model is None:
         refuse_other_classes(recipe, folder, teacher.class_names)
     if folder is not None:
@@ -78,6 +79,15 @@ def _refuse_student(recipe: Recipe, folder: Path | None, teacher: Identity, *, w
     if student.from_teacher_layers is not None:
         refuse_start(recipe, teacher, write=write)
         refuse_lora(recipe, teacher.folder)
+
+
+def _refuse_fresh_norms(recipe: Recipe, teacher: Identity) -> None:
+    """Batch norms of a student with new weights, which may be of another architecture than its teacher."""
+    several = recipe.compute.processes not in ("auto", 1)
+    if several and TASKS[recipe.run.task].structure.images:
+        from ...stages.models.students.student import refuse_fresh_norms
+
+        refuse_fresh_norms(recipe, teacher.folder)
 
 
 def student_folder(student: Student | None, *, write: bool) -> Path | None:

@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 
 from ...stages.workers.ranks import of_nobody
-from ...storage.errors import StillroomError
+from ...storage.errors import NotTogether, StillroomError
 from .worker import JOB_FD
 
 # OpenMP threads wait for one another by spinning. On a machine whose cores are shared that burns
@@ -108,6 +108,7 @@ class StageProcess:
 
         Raises:
             StageDied: there is no answer, or the answer is that the engine died.
+            NotTogether: several ranks cannot do it.
             StillroomError: the stage failed.
         """
         name, log, answer = self._message["name"], self._message["log"], self._answer
@@ -121,6 +122,8 @@ class StageProcess:
         if answer.get("died"):
             kind = LostOthers if answer.get("lost") else StageDied
             raise kind(answer["error"], f"Finished rows are kept; see {log}.")
+        if answer.get("alone"):
+            raise NotTogether(answer["error"])
         if "error" in answer:
             where = f"\nThe log has more: {log}" if answer.get("unexpected") else ""
             error = StillroomError(answer["error"] + where)

@@ -28,7 +28,7 @@ from ...stages.train.scalars import refuse_without_wandb
 from ...stages.workers.clock import Clock
 from ...stages.workers.locks import worker_number
 from ...storage.bounds import mapping
-from ...storage.errors import StillroomError, UsageError, name_too_long
+from ...storage.errors import NotTogether, StillroomError, UsageError, name_too_long
 from ...storage.files.local import LocalFiles
 from ...storage.snapshots.snapshot import save_snapshot
 from ...storage.store.store import Store
@@ -239,12 +239,18 @@ def _started(
             another = numbers.enter_context(worker_number(logs_of(recipe)))
             posts.append(post(recipe, name, environment, number=another))
         run_dir, stage = Path(recipe.run.dir), stage_named(name)
-        if not stage.meets or len(posts) == 1:
-            return Crew(message, posts, run_dir=run_dir, screen=screen).finish()
-        training = plan.train_dirs[stage.arm or "student"]
-        return RankedCrew(
-            message, posts, run_dir=run_dir, screen=screen, training=training
-        ).finish()
+        if stage.meets and len(posts) > 1:
+            training = plan.train_dirs[stage.arm or "student"]
+            ranks = RankedCrew(message, posts, run_dir=run_dir, screen=screen, training=training)
+            try:
+                return ranks.finish()
+            except NotTogether as error:
+                if recipe.compute.processes != "auto":
+                    raise
+                # The recipe asks for no number, and the loaded student alone tells this one.
+                screen.say(f"{name}: one process does it alone. {error}")
+                posts = [post(recipe, name, {}, number=number)]
+        return Crew(message, posts, run_dir=run_dir, screen=screen).finish()
 
 
 def _finish(line: StagePlan, answer: dict[str, Any], *, seconds: float) -> dict[str, Any]:

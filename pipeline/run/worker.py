@@ -31,7 +31,7 @@ from ...stages.workers.locks import one_group
 from ...stages.workers.ranks import Ranks
 from ...stages.workers.watch import Suspicion
 from ...storage.credentials import cleaned, hide, shown
-from ...storage.errors import EngineDied, ProcessDied, StillroomError, Stopped
+from ...storage.errors import EngineDied, NotTogether, ProcessDied, StillroomError, Stopped
 from ...storage.files.base import DISK_FULL
 from ..plan.resolve import author_identity, teacher_identity
 from ..text import printable
@@ -96,7 +96,8 @@ def failed(error: Exception, name: str, ranks: Ranks) -> dict[str, Any]:
         said = f"{name}: the engine died: {error}." if engine else str(error)
         return {"error": said, "exit_code": 1, "died": True}
     if isinstance(error, StillroomError):
-        return {"error": str(error), "exit_code": error.exit_code}
+        alone = isinstance(error, NotTogether)
+        return {"error": str(error), "exit_code": error.exit_code, "alone": alone}
     if isinstance(error, MemoryError):
         said = f"{name}: out of memory. Lower the stage's batch tokens."
         return {"error": said, "exit_code": 1}

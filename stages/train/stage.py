@@ -25,9 +25,10 @@ def run(job: Job) -> StageResult:
     """
     files = LocalFiles(job.train_dirs[job.arm])
     samples, tokens = 0, 0
-    if not files.exists(TRAINED):
+    # What the first one sees: on another machine a file that has just come may be seen later.
+    if not job.ranks.told(files.exists(TRAINED)):
         samples, tokens = Run(job, files, arm_loss(job.recipe, job.arm)).train()
-    summary = read_record(files.path(TRAINED))
+    summary = job.ranks.by_first(lambda: read_record(files.path(TRAINED)))
     details = {name: value for name, value in summary.items() if name not in CURVES}
     return StageResult(rows=samples, tokens=tokens, details=details)
 

@@ -30,7 +30,7 @@ from ..workers.ranks import Ranks
 from .optimizer import learning_rate, load_optimizer_state, make_optimizer, optimizer_state
 from .shards import Stored
 from .together.dealt import Dealt
-from .together.gradients import clipped, make_alike, sum_gradients
+from .together.gradients import clipped, make_alike, refuse_changed, sum_gradients
 from .together.means import Losses, StepResult, means_of, sums_of
 from .together.root import Root, loss_of, reshard, synchronise, whole_state
 from .together.rounds import rounds
@@ -333,6 +333,8 @@ class Trainer:
             # A step of a training is all ranks' at once, one of a validation is not.
             shared = self._root is None and torch.is_grad_enabled()
             if not (ranks.any(bool(message)) if shared else message):
+                if torch.is_grad_enabled():
+                    refuse_changed(before, self.averages(), ranks)
                 return sums
             # Only here, outside the handler, are the tensors of the failed pass free.
             self._put_back(before)

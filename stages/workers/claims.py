@@ -15,7 +15,8 @@ claimed are never looked at again for a free one.
 At the end all blocks are claimed. The second on a block comes from its other end (`in_turn`), so
 the two share what is left of it. More than two would make rows twice, so a worker that finds
 nothing with fewer claims leaves it to those two for about as long as it takes for a block itself.
-It looks whether they are done, and only then joins them.
+It looks whether they are done, and only then joins them. Where nobody has committed anything since
+it began, the claims are of workers that are gone: then it waits for nobody.
 
 Claims are advice. That each row is in the store once is the commit log's doing, whatever workers
 do. So a claim is never withdrawn, and nobody asks how old it is: no lease, no heartbeat, and no
@@ -76,7 +77,7 @@ class Claims:
         self,
         pending: Iterable[int],
         *,
-        look: Callable[[bool], None],
+        look: Callable[[bool], int],
         left: Callable[[int], list[T]],
         again: Callable[[set[int]], Iterable[int]] | None = None,
     ) -> Iterator[tuple[int, list[T]]]:
@@ -89,7 +90,8 @@ class Claims:
         Args:
             pending: The blocks that have work.
             look: Called before each choice, to read what others committed; told whether all that is
-                left is claimed.
+                left is claimed. It says how many commits they have made since this worker began: of
+                none, the claims are of workers that are gone, and nobody is left alone.
             left: The requests of a block that nobody has committed.
             again: Asked once, when all that is left is claimed: which of the blocks that it is
                 given have work still. To ask `left` of each takes long where there are many.
@@ -103,8 +105,8 @@ class Claims:
                 self._parts = self._in_parts(others.intersection(again(others)))
                 self._asked_again = True
                 continue
-            look(fewest > 0)
-            if fewest >= CROWD and self._waits(left):
+            there = look(fewest > 0) > 0
+            if fewest >= CROWD and there and self._waits(left):
                 return
             number = self._chosen([n for n, part in parts.items() if part.fewest == fewest])
             if requests := self._taken(number, fewest, left):

@@ -236,13 +236,15 @@ class Ranks:
             try:
                 found = {"found": work()}
             except StillroomError as error:
-                failed, found = error, {"failed": str(error)}
+                failed, found = error, {"failed": str(error), "exit_code": error.exit_code}
         found = self.told_in_time(found)
         if failed is not None:
             self.heard()
             raise failed
         if "failed" in found:
-            raise StillroomError(found["failed"])
+            told = StillroomError(found["failed"])
+            told.exit_code = found["exit_code"]
+            raise told
         return found["found"]
 
     def heard(self) -> None:

@@ -297,8 +297,12 @@ class Share(Generic[R]):
         size = sum(writer.bytes for writer in self.tables.values())
         self.job.progress.wrote(rejects=self._refused, size=size)
 
-    def _look(self, commit: bool) -> None:
-        """See what others committed; with `commit`, let them see what this worker has done."""
+    def _look(self, commit: bool) -> int:
+        """See what others committed; with `commit`, let them see what this worker has done.
+
+        Returns:
+            Their commits since this worker began.
+        """
         began = time.monotonic()
         with self.job.clock.span("disk"):
             for writer in self.tables.values():
@@ -307,6 +311,7 @@ class Share(Generic[R]):
                 writer.refresh()
         now = time.monotonic()
         self._next_look = now + max(LOOK_SECONDS, LOOK_SHARE * (now - began))
+        return sum(writer.others for writer in self.tables.values())
 
     def _gone(self, request: R) -> bool:
         refused = reject_key(request.reuse_key, self.work.limit_tokens)

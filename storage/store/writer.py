@@ -78,6 +78,7 @@ class ShardWriter:
         self._last_commit = time.monotonic()
         self._failed = False
         self._first: list[ShardWriter] = []
+        self._begun = self._own = 0
         self.rows = 0
         """Rows committed by this writer."""
         self.tokens = 0
@@ -89,6 +90,7 @@ class ShardWriter:
 
     def __enter__(self) -> Self:
         self._log.refresh()
+        self._begun = self._log.next
         return self
 
     def __exit__(
@@ -134,6 +136,11 @@ class ShardWriter:
     def committed(self, key: bytes) -> bool:
         """Whether a key is in the table, as far as this writer knows."""
         return key in self._log.keys
+
+    @property
+    def others(self) -> int:
+        """Commits of others since this writer was opened, as far as it knows."""
+        return self._log.next - self._begun - self._own
 
     def refresh(self) -> None:
         """Read what others have committed meanwhile."""
@@ -202,6 +209,7 @@ class ShardWriter:
             }
             if self._log.append(fields, made, (row["key"] for row in rows)) is not None:
                 self._last_commit = now
+                self._own += 1
                 self.bytes += made.bytes
                 keep_last_segment(self._files, self._log)
                 return rows

@@ -228,7 +228,12 @@ class NoLog:
     """In place of a `ShardWriter`: what one has done all know at once."""
 
     def __init__(self, done: set[bytes]) -> None:
-        self._done = done
+        self._done, self._own = done, 0
+
+    @property
+    def others(self) -> int:
+        """What others have done, though none of it is a commit."""
+        return len(self._done) - self._own
 
     def __enter__(self) -> "NoLog":
         return self
@@ -242,6 +247,7 @@ class NoLog:
 
     def add(self, row: dict[str, Any]) -> None:
         """It is done."""
+        self._own += row["key"] not in self._done
         self._done.add(row["key"])
 
     def refresh(self) -> None:
@@ -298,13 +304,14 @@ class Worker(threading.Thread):
         keys = (struct.pack(">QQ", block, piece) for piece in range(PIECES))
         return [key for key in keys if not self.writer.committed(key)]
 
-    def _look(self, commit: bool) -> None:
+    def _look(self, commit: bool) -> int:
         began = self.world.now
         if commit:
             self.writer.flush()
         self.writer.refresh()
         took = self.world.now - began
         self._next_look = self.world.now + max(LOOK_SECONDS, LOOK_SHARE * took)
+        return self.writer.others
 
     def _make(self, key: bytes) -> None:
         seconds = BLOCK_SECONDS / PIECES * self.random.uniform(1 - SPREAD, 1 + SPREAD)

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ....storage.errors import UsageError
+from ....storage.errors import NotTogether, UsageError
 from ...recipe.tasks import MODELS, TASKS, task_of
 from .config import ConfigFacts, config_facts
 from .files import read_json
@@ -115,9 +115,9 @@ def refuse_shared_norms(folder: Path, processes: object) -> None:
                 raise shared_norm(name.removesuffix(".running_mean"))
 
 
-def shared_norm(name: str) -> UsageError:
+def shared_norm(name: str) -> NotTogether:
     """What is said of a batch norm of a student that several ranks train."""
-    return UsageError(
+    return NotTogether(
         f"compute.processes: {name} of the student is a batch norm, whose statistics would depend "
         "on how many processes share a step. Set compute.processes to 1."
     )

@@ -22,6 +22,7 @@ from ...recipe.stages import needed
 from ...recipe.tasks import TASKS
 from ..device import evaluating
 from ..fit.classes import refuse_other_classes
+from ..fit.misfits import shared_norm
 from ..head import backbone
 from ..identity import find_model
 from ..inputs.same_tokenizer import refuse_other_tokenizer
@@ -154,3 +155,27 @@ def _fresh(recipe: Recipe, teacher_dir: Path, kind: ModelKind) -> PreTrainedMode
         with torch.no_grad(), evaluating(model):
             backbone(model)(**kind.example)
     return model
+
+
+def refuse_fresh_norms(recipe: Recipe, teacher_dir: Path) -> None:
+    """`refuse_norms` of a student with fresh weights, before it has any.
+
+    Raises:
+        NotTogether: it has batch norms.
+    """
+    overrides = needed(recipe.student, "student").config or {}
+    kind = kind_of(recipe, teacher_dir)
+    with torch.device("meta"):
+        made = kind.fresh(fresh_config(teacher_dir, overrides, task=recipe.run.task))
+    refuse_norms(made)
+
+
+def refuse_norms(student: nn.Module) -> None:
+    """Refuse a student whose statistics would be of a rank's part of a step.
+
+    Raises:
+        NotTogether: it has batch norms.
+    """
+    for name, module in student.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            raise shared_norm(name)

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from ...losses.fused_linear import CHUNK_BYTES, DEVICE_CHUNK_BYTES
-from ...models.fit.misfits import shared_norm
+from ...models.students.student import refuse_norms
 from ...recipe.sections import Train
 from ...workers.ranks import Ranks
 from .root import blocks
@@ -166,14 +166,3 @@ def _fits(
     )
     free, _ = torch.cuda.mem_get_info(device)
     return not ranks.any(needed.total + beside > MOST * free)
-
-
-def refuse_norms(student: nn.Module) -> None:
-    """Refuse a student whose statistics would be of a rank's part of a step.
-
-    Raises:
-        UsageError: it has batch norms.
-    """
-    for name, module in student.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            raise shared_norm(name)

@@ -6,12 +6,13 @@ that runs out of memory there leaves the others waiting. Here nothing is sent un
 done their passes.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor
 
+from ....storage.errors import NotTogether
 from ...workers.ranks import Ranks
 
 BUCKET_BYTES = 64 * 2**20
@@ -53,6 +54,22 @@ def make_alike(module: nn.Module, ranks: Ranks) -> None:
         for tensor in (*module.parameters(), *module.buffers()):
             if tensor.is_floating_point() and not isinstance(tensor, DTensor):
                 distributed.broadcast(tensor, src=0)
+
+
+def refuse_changed(before: Mapping[str, Tensor], now: Mapping[str, Tensor], ranks: Ranks) -> None:
+    """Refuse a student whose own code averages over what it is fed, which is a rank's part of a step.
+
+    Raises:
+        NotTogether: a rank's passes have changed a buffer.
+    """
+    if ranks.count == 1 or not before:
+        return
+    changed = [name for name, average in now.items() if not torch.equal(average, before[name])]
+    for name in (name for of_rank in ranks.all(changed) for name in of_rank):
+        raise NotTogether(
+            f"compute.processes: a pass changes {name} of the student, which would depend on how many "
+            "processes share a step. Set compute.processes to 1."
+        )
 
 
 def clipped(parameters: Sequence[nn.Parameter], most: float) -> float:

@@ -16,6 +16,7 @@ from kit import last_json, prompts, stillroom, write_jsonl, write_recipe
 from loaded import Loaded
 from meeting import on_two_gpus, with_faults
 from running import PATIENCE, alive, end_started, ours, start, until
+from tiny_images import STUDENT, save_tiny_resnet, write_folder
 from tiny_llama import save_tiny_llama
 
 from stillroom.pipeline.run.process import group_members
@@ -191,3 +192,31 @@ def test_more_processes_than_gpus_are_refused_by_name(recipe: Path) -> None:
     errors = ended(begin(recipe, *words, before=on_two_gpus, **visible), 2)
     assert "compute.processes: 3 processes were asked for" in errors
     assert "2 GPUs are visible (GPU-a1, GPU-b2)" in errors
+
+
+def test_a_student_with_batch_norms_is_one_process_s_where_nobody_asked_for_more(
+    tmp_path: Path,
+) -> None:
+    source = write_folder(tmp_path / "pictures", 12)
+    sections: dict[str, Any] = {
+        "run": {"dir": str(tmp_path / "run"), "task": "image_classification"},
+        "data": {"source": str(source), "format": "images", "holdout": 2},
+        "student": {"config": STUDENT},
+        "generate": None,
+        "score": {"targets": "full"},
+        "loss": {"temperature": 2.0, "hard_weight": 0.5},
+        "train": {"epochs": 1, "tokens_per_step": 5},
+        "compute": {"workers": 1},
+    }
+    recipe = write_recipe(tmp_path, save_tiny_resnet(tmp_path / "teacher"), source, **sections)
+    several = ("--set", "compute.processes=2")
+    slurm = ("launch", recipe, "--on", "slurm", "--workers", 1, "--ranks", 2, "--dry-run")
+    for words in (("plan", recipe, *several), slurm):
+        assert "is a batch norm, whose statistics" in stillroom(*words, expect=2).stderr
+    vit = "student.config={model_type: vit, hidden_size: 8, num_attention_heads: 2, patch_size: 4}"
+    stillroom("plan", recipe, *several, "--set", vit)
+    stillroom("run", recipe, "--until", "score")
+    errors = ended(begin(recipe, before=on_two_gpus, CUDA_VISIBLE_DEVICES="GPU-a1,GPU-b2"))
+    assert "train: one process does it alone" in errors
+    assert [len(seen(recipe, rank)) for rank in (0, 1)] == [2, 1]
+    assert none_lives(recipe)

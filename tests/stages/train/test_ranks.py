@@ -6,6 +6,7 @@ What would be silently wrong is seen.
 import random
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -32,9 +33,10 @@ from stillroom.stages.loader.parts import part_of
 from stillroom.stages.loader.samples import Sample
 from stillroom.stages.models.fit.misfits import refuse_shared_norms
 from stillroom.stages.train.together.choice import memory, refuse_norms
+from stillroom.stages.train.together.gradients import refuse_changed
 from stillroom.stages.train.together.smaller import OutOfMemory, leave, smaller
 from stillroom.stages.workers.ranks import Ranks
-from stillroom.storage.errors import UsageError
+from stillroom.storage.errors import NotTogether, UsageError
 from stillroom.storage.files.local import LocalFiles
 
 pytestmark = pytest.mark.numeric
@@ -238,6 +240,16 @@ def test_batch_norms_are_refused_by_name() -> None:
     with pytest.raises(UsageError, match=r"1 of the student is a batch norm.*processes to 1"):
         refuse_norms(student)
     refuse_norms(student[0])
+
+
+def test_averages_of_the_student_s_own_code_are_refused_by_name() -> None:
+    before, now = ({"mean": torch.full((2,), value)} for value in (0.0, 1.0))
+    others = SimpleNamespace(count=2, all=lambda mine: [["mean"], mine])
+    for ranks, seen in ((Ranks(), now), (Ranks(count=2), {})):
+        refuse_changed({} if not seen else before, seen, ranks)
+    for seen in (before, now):  # a rank without a pass raises it as well
+        with pytest.raises(NotTogether, match=r"changes mean of the student.*processes to 1"):
+            refuse_changed(before, seen, others)  # type: ignore[arg-type]
 
 
 def test_batch_norms_are_refused_before_the_teachers_work_where_files_show_them(

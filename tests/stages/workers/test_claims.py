@@ -40,9 +40,10 @@ class Table:
         def left(block: int) -> list[tuple[int, int]]:
             return [(block, row) for row in range(ROWS) if (block, row) not in self.done]
 
-        def look(backup: bool) -> None:
+        def look(backup: bool) -> int:
             if backup and backups is not None:
                 backups.append(len(self.done))
+            return len(self.done)
 
         claims = Claims(files, "generate", data="d")
         first = True
@@ -123,13 +124,13 @@ def test_another_recipe_is_other_work(tmp_path: Path) -> None:
     for settings in ({"temperature": 1.0}, {"temperature": 0.5}):
         claims = Claims(LocalFiles(tmp_path), "generate", data="d", settings=settings)
         said: list[bool] = []
+
+        def look(claimed: bool, said: list[bool] = said) -> int:
+            said.append(claimed)
+            return 0
+
         made.append(
-            {
-                block
-                for _, (block,) in claims.blocks(
-                    [0, 1], look=said.append, left=lambda block: [block]
-                )
-            }
+            {block for _, (block,) in claims.blocks([0, 1], look=look, left=lambda block: [block])}
         )
         assert said == [False, False]
     assert made == [{0, 1}, {0, 1}]
@@ -137,10 +138,10 @@ def test_another_recipe_is_other_work(tmp_path: Path) -> None:
 
 def test_nothing_to_do_is_nothing_to_claim(tmp_path: Path) -> None:
     assert not list(
-        Claims(LocalFiles(tmp_path), "score").blocks([], look=lambda _: None, left=lambda _: [1])
+        Claims(LocalFiles(tmp_path), "score").blocks([], look=lambda _: 0, left=lambda _: [1])
     )
     assert not list(
-        Claims(LocalFiles(tmp_path), "score").blocks([3, 4], look=lambda _: None, left=lambda _: [])
+        Claims(LocalFiles(tmp_path), "score").blocks([3, 4], look=lambda _: 0, left=lambda _: [])
     )
     assert not list(tmp_path.iterdir())
 
@@ -168,7 +169,7 @@ def test_two_share_a_block_from_both_ends_and_more_leave_them_alone_for_a_while(
 
     def take(worker: Claims, blocks: list[int]) -> Iterator[tuple[int, list[int]]]:
         return worker.blocks(
-            blocks, look=lambda _: None, left=lambda _: [r for r in range(ROWS) if r not in done]
+            blocks, look=lambda _: 1, left=lambda _: [r for r in range(ROWS) if r not in done]
         )
 
     first, second = take(workers[0], [0]), take(workers[1], [0])
@@ -193,14 +194,32 @@ def test_whoever_waits_ends_when_the_others_are_done(tmp_path: Path) -> None:
     done: set[int] = set()
     workers = [Claims(LocalFiles(tmp_path), "generate", data="d") for _ in range(3)]
     left = lambda block: [] if block in done else [block]  # noqa: E731
-    mine = [w.blocks([0], look=lambda _: None, left=left) for w in workers]
+    mine = [w.blocks([0], look=lambda _: 1, left=left) for w in workers]
     next(mine[0]), next(mine[1])
     workers[2]._block_seconds = 1e9
     assert list(mine[2]) == []
     assert workers[2].wait is not None
     done.add(0)
-    assert list(workers[2].blocks([], look=lambda _: None, left=left)) == []
+    assert list(workers[2].blocks([], look=lambda _: 1, left=left)) == []
     assert workers[2].wait is None
+
+
+def test_nobody_waits_for_workers_that_commit_nothing(tmp_path: Path) -> None:
+    """Two runs before were killed, each after it had claimed all."""
+
+    def all_of_it() -> tuple[Claims, list[int]]:
+        claims = Claims(LocalFiles(tmp_path), "generate", data="d")
+        taken = claims.blocks(range(6), look=lambda _: 0, left=lambda block: [block])
+        found = []
+        for had, _ in taken:
+            claims._block_seconds = 1e9
+            found.append(had)
+        return claims, found
+
+    for run in range(4):
+        claims, had = all_of_it()
+        assert had == [run] * 6
+        assert claims.wait is None
 
 
 def test_of_many_blocks_the_books_say_what_is_left(tmp_path: Path) -> None:
@@ -217,7 +236,7 @@ def test_of_many_blocks_the_books_say_what_is_left(tmp_path: Path) -> None:
 
     mine = Claims(LocalFiles(tmp_path), "generate", data="d")
     found = mine.blocks(
-        range(2500), look=lambda _: None, left=left, again=lambda blocks: blocks & {7, 1900, 9999}
+        range(2500), look=lambda _: 0, left=left, again=lambda blocks: blocks & {7, 1900, 9999}
     )
     assert sorted(had for had, _ in found) == [1, 1]
     assert sorted(asked) == [7, 1900]
@@ -232,7 +251,7 @@ def test_blocks_are_looked_for_where_their_names_begin_alike(tmp_path: Path) -> 
             return super().names(folder, prefix)
 
     mine = Claims(Noted(tmp_path), "generate", data="d")
-    blocks = mine.blocks(range(5000), look=lambda _: None, left=lambda block: [block])
+    blocks = mine.blocks(range(5000), look=lambda _: 0, left=lambda block: [block])
     taken = [requests[0] for _, requests in (next(blocks) for _ in range(30))]
     assert len(set(taken)) == 30
     assert {block // 1000 for block in taken} == {int(prefix) for prefix in Noted.looked}

@@ -16,6 +16,9 @@ leads."""
 FAST_FALL = 0.03
 """From one tenth of the training to the next: so falls a loss that goes as tokens to the power -0.27, which
 loses 17 % with twice the tokens."""
+MOST_PASSES = 4
+"""Over the text: so often it is worth nearly as much as new text (Muennighoff et al. 2023, arXiv 2305.16264).
+After more, a loss also falls because the text is known by heart."""
 SPIKE = 10.0
 """Times the median of the norms around it. Batches differ by a factor of two or three; clipping takes the
 length of a step, and not its direction, back."""
@@ -83,8 +86,7 @@ RULES = {
         "Set {remedy}",
     ),
     "still_falling": Rule(
-        "the loss fell by {fall} from the tenth before the last tenth of the training to the last, to "
-        "{loss}",
+        "in the last tenth of the training the loss was {loss}, {fall} below that of the tenth before",
         "It had not come to rest: more of the same training brings more",
         "Set train.{length}",
     ),

@@ -47,9 +47,9 @@ class LocalFiles(FilesOnDisk):
     def empty(self) -> bool:
         for place in (self.root, *self.root.parents):
             if place.exists() and not place.is_dir():
-                below = "" if place == self.root else f" below {place}, which is"
+                below = "" if place == self.root else f"below {place}, which is "
                 raise UsageError(
-                    f"{self.root}:{below} a file, expected a folder. Name a folder, there or to be made."
+                    f"{self.root}: it is {below}a file, expected a folder. Name a folder, there or to be made."
                 )
         with explained("cannot list", self.root):
             return not self.root.is_dir() or all(

@@ -108,7 +108,7 @@ RULES = {
     "worse": Rule(
         "{measure} is {gap} nats worse than that of {other} ({value} against {against}, standard error {error})",
         "What the targets add is less than what they take away",
-        "Set train.learning_rate: {rate}, a third of what it was, for both",
+        "Set {remedy}",
     ),
     "too_few_tokens": Rule(
         "on {tokens} held-out tokens a difference in {measure} to {other} shows from {visible} on, and it is "

@@ -197,6 +197,16 @@ def test_what_drops_the_tail_is_told_to_keep_it_before_all_else() -> None:
     assert "score.rounds: 52" in advised(run)[0].do
 
 
+def test_targets_that_lead_elsewhere_are_why_a_student_is_worse() -> None:
+    run = good()
+    with_gap(0.02, 0.005)(run)
+    assert "learning_rate: 1.0e-03" in advised(run)[0].do
+    with_angle(59.0)(run)
+    angle, worse = advised(run)
+    assert worse.name == "worse"
+    assert worse.do == angle.do
+
+
 def test_shards_of_more_entries_say_nothing_of_fewer() -> None:
     run = good()
     del run["stages"]["score"]["held"]

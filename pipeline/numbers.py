@@ -26,8 +26,6 @@ def significant(value: float | None, *, error: float | None = None) -> str:
     """A number as text: four significant digits, or all digits of a larger one.
 
     Its standard error stands beside it, where there is one.
-
-    Its standard error stands beside it, where there is one.
     """
     if value is None:
         return NOTHING

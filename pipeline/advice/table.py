@@ -17,6 +17,9 @@ distribution leads."""
 FAST_FALL = 0.03
 """From one tenth of the training to the next: so falls a loss that goes as tokens to the power
 -0.27, which loses 17 % with twice the tokens."""
+MOST_PASSES = 4
+"""Over the text: so often it is worth nearly as much as new text (Muennighoff et al. 2023, arXiv
+2305.16264). After more, a loss also falls because the text is known by heart."""
 SPIKE = 10.0
 """Times the median of the norms around it. Batches differ by a factor of two or three; clipping
 takes the length of a step, and not its direction, back."""
@@ -85,8 +88,8 @@ RULES = {
         "Set {remedy}",
     ),
     "still_falling": Rule(
-        "the loss fell by {fall} from the tenth before the last tenth of the training to the "
-        "last, to {loss}",
+        "in the last tenth of the training the loss was {loss}, {fall} below that of the tenth "
+        "before",
         "It had not come to rest: more of the same training brings more",
         "Set train.{length}",
     ),
@@ -110,7 +113,7 @@ RULES = {
         "{measure} is {gap} nats worse than that of {other} ({value} against {against}, standard "
         "error {error})",
         "What the targets add is less than what they take away",
-        "Set train.learning_rate: {rate}, a third of what it was, for both",
+        "Set {remedy}",
     ),
     "too_few_tokens": Rule(
         "on {tokens} held-out tokens a difference in {measure} to {other} shows from {visible} on, "

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ..numbers import count, nats, percent, significant
-from .table import CLEAR, FAST_FALL, LEAST_POINTS, NO_MOVE, RISE, SPIKE, Advice, advice
+from .table import CLEAR, FAST_FALL, LEAST_POINTS, MOST_PASSES, NO_MOVE, RISE, SPIKE, Advice, advice
 
 FIRST_POINTS = 3
 """Points whose mean is what the training began with, where it began no higher."""
@@ -79,8 +79,13 @@ def _end(
     settings: Mapping[str, Any],
     record: Mapping[str, Any],
 ) -> Iterator[Advice]:
-    """A loss that still falls fast; not where validation was best before the end."""
+    """A loss that still falls fast; not where validation was best before the end.
+
+    Nor where there is none, and the text was read so often that it may be known by heart.
+    """
     validation, best = record.get("validation") or [], record.get("best")
+    if not validation and (record.get("epochs") or 0) > MOST_PASSES:
+        return
     if best and validation and best["tokens"] < validation[-1]["tokens"]:
         return
     tenth = len(losses) // 10

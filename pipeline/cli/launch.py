@@ -17,6 +17,7 @@ from .app import (
 )
 
 if TYPE_CHECKING:
+    from ...stages.recipe.sections import Recipe
     from ..launch.jobs import Launch
     from ..launch.slurm import Asked
 
@@ -65,8 +66,9 @@ def launch(
     Ray: on the cluster that RAY_ADDRESS names, or on this machine; it shows how far the run is
     until it ends. Slurm: writes the scripts to run.dir/launch and submits them.
     """
-    from ..launch.jobs import opened
-    from ..launch.slurm import Asked
+    from ..launch.jobs import jobs, opened
+    from ..launch.ray_cluster import refuse_ray
+    from ..launch.slurm import Asked, refuse_slurm
 
     if on not in WHERE:
         raise UsageError(f"--on: ray or slurm (got {on!r}).")
@@ -84,28 +86,40 @@ def launch(
         for name, value in given.items():
             if value:
                 raise UsageError(f"{name}: Ray has no such thing. Leave it out, or use --on slurm.")
-    opening = opened(recipe, overrides or [], allow_code=allow_code, write=not dry_run)
-    start = _on_ray if on == "ray" else _on_slurm
-    print_json(start(opening, asked, dry_run=dry_run, quiet=quiet), as_json)
+
+    def refuse(read: "Recipe") -> None:
+        if on == "ray":
+            refuse_ray(connects=not dry_run)
+        else:
+            refuse_slurm(read, asked, submits=not dry_run)
+
+    opening = opened(
+        recipe, overrides or [], allow_code=allow_code, refuse=refuse, write=not dry_run
+    )
+    found: dict[str, Any] = {"run_dir": opening.recipe.run.dir, "jobs": []}
+    if not jobs(opening, training=()):
+        print_for_people("nothing to do: every stage is done")
+    elif on == "ray":
+        found |= _on_ray(opening, asked, dry_run=dry_run, quiet=quiet)
+    else:
+        found |= _on_slurm(opening, asked, dry_run=dry_run)
+    print_json(found, as_json)
 
 
-def _on_slurm(opening: "Launch", asked: "Asked", *, dry_run: bool, quiet: bool) -> dict[str, Any]:
+def _on_slurm(opening: "Launch", asked: "Asked", *, dry_run: bool) -> dict[str, Any]:
     from ..launch.slurm import scripts, submit
 
     texts = scripts(opening, asked)
-    found: dict[str, Any] = {"run_dir": opening.recipe.run.dir, "jobs": []}
-    if not texts:
-        print_for_people("nothing to do: every stage is done")
-    elif dry_run:
+    if dry_run:
         for name, text in texts.items():
             show_text(f"# ---- {name}\n{text}\n")
-        found["scripts"] = texts
-    else:
-        for line in submit(opening, texts):
-            print_for_people(line)
-            name, _, number = line.partition(": job ")
-            found["jobs"].append({"name": name, "job": number})
-    return found
+        return {"scripts": texts}
+    submitted = []
+    for line in submit(opening, texts):
+        print_for_people(line)
+        name, _, number = line.partition(": job ")
+        submitted.append({"name": name, "job": number})
+    return {"jobs": submitted}
 
 
 def _on_ray(opening: "Launch", asked: "Asked", *, dry_run: bool, quiet: bool) -> dict[str, Any]:
@@ -114,6 +128,6 @@ def _on_ray(opening: "Launch", asked: "Asked", *, dry_run: bool, quiet: bool) ->
     if dry_run:
         for line in described(opening, asked):
             print_for_people(line)
-        return {"run_dir": opening.recipe.run.dir, "jobs": []}
+        return {}
     found: dict[str, Any] = launch_on_ray(opening, asked, quiet=quiet)
     return found

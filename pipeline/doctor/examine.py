@@ -2,9 +2,11 @@
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import psutil
 
+from ...storage.errors import UsageError
 from ..numbers import size
 from . import installed, place
 from .finding import Finding, ok
@@ -12,10 +14,16 @@ from .libraries import Libraries
 
 
 def examine(store: str | None) -> Iterator[Finding]:
-    """What is found of this machine, and of a store's place.
+    """Of this machine, and of a store's place; what takes longest is started first and told last.
 
-    What takes longest is started first and told last.
+    Raises:
+        UsageError: the store is a file.
     """
+    if store is not None and Path(store).is_file():
+        raise UsageError(
+            f"doctor: {store} is a file, expected the folder or URL of a store. Of a recipe, name "
+            "what its storage.dir says."
+        )
     with Libraries() as libraries:
         yield from _examined(store, libraries)
 

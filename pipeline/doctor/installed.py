@@ -24,6 +24,7 @@ EXTRAS = {
     "s3": "stores in S3 buckets",
     "gcs": "stores in GCS buckets",
     "wandb": "shows trainings in Weights & Biases",
+    "ray": "launches runs on Ray clusters",
     "bitsandbytes": "quantises teachers",
 }
 """Those for users, with what each one brings."""

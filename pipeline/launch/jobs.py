@@ -3,7 +3,7 @@
 The second of them has many workers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -50,13 +50,21 @@ class Job:
     """The lines of the plan that it leaves done."""
 
 
-def opened(path: Path, overrides: Sequence[str], *, allow_code: bool, write: bool = True) -> Launch:
+def opened(
+    path: Path,
+    overrides: Sequence[str],
+    *,
+    allow_code: bool,
+    refuse: Callable[[Recipe], None],
+    write: bool = True,
+) -> Launch:
     """A recipe with its plan; what no worker could do is refused before any is started.
 
     Args:
         path: The recipe.
         overrides: `section.key=value`.
         allow_code: Whether `student.factory` may run.
+        refuse: Raises where the launcher cannot do it; asked before anything is written.
         write: Whether models may be downloaded and hashes remembered, as `run` does first.
 
     Raises:
@@ -64,6 +72,7 @@ def opened(path: Path, overrides: Sequence[str], *, allow_code: bool, write: boo
     """
     recipe = load_recipe(path, list(overrides))
     refuse_code(recipe, allowed=allow_code)
+    refuse(recipe)
     if write:
         Store.open(recipe.storage.dir, create=True)
     plan = make_plan(recipe, write=write)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -55,7 +56,7 @@ def launch_on_ray(launch: Launch, asked: Asked, *, quiet: bool) -> dict[str, Any
     """Do the jobs on the cluster that RAY_ADDRESS names, or on this machine; `{"run_dir", "jobs"}`.
 
     Raises:
-        UsageError: Ray is not installed, or the cluster has not what a worker needs.
+        UsageError: the cluster has not what a worker needs.
         Stopped: a signal came; the workers have committed and left.
         StillroomError: a job failed.
     """
@@ -77,6 +78,18 @@ def launch_on_ray(launch: Launch, asked: Asked, *, quiet: bool) -> dict[str, Any
             spent = round(time.monotonic() - began, 2)
             done.append({"name": job.name, "seconds": spent, "lost": lost})
     return {"run_dir": launch.recipe.run.dir, "jobs": done}
+
+
+def refuse_ray(*, connects: bool) -> None:
+    """What can be told before anything is written.
+
+    Raises:
+        UsageError: Ray is to be asked, and not installed.
+    """
+    if connects and find_spec("ray") is None:
+        raise UsageError(
+            "launch: Ray is not installed here. Install it: pip install 'stillroom[ray]'"
+        )
 
 
 def described(launch: Launch, asked: Asked) -> list[str]:
@@ -102,12 +115,8 @@ def _cluster(launch: Launch, asked: Asked) -> Iterator[Any]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if not there:
         os.environ.update({k: v for k, v in _NOBODY_ELSE.items() if k not in os.environ})
-    try:
-        import ray
-    except ImportError as error:
-        raise UsageError(
-            "launch: Ray is not installed here. Install it: pip install 'stillroom[ray]'"
-        ) from error
+    import ray
+
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as scratch:
         try:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from shutil import which
 
+from ...stages.recipe.sections import Recipe
 from ...storage.errors import StillroomError, UsageError
 from ..plan.refusals import refuse_early
 from .jobs import FOLDER, Job, Launch, gpus_each, jobs, ranks_asked, workers_asked
@@ -56,27 +57,30 @@ def scripts(launch: Launch, asked: Asked) -> dict[str, str]:
     """Name -> text of what is written and submitted; empty where all is done.
 
     Raises:
-        UsageError: an option that Slurm would not read, or would read otherwise.
+        UsageError: several ranks cannot train this student.
     """
-    _refuse(launch, asked)
+    _refuse_ranks(launch, asked)
     found = jobs(launch, training=("train",))
     written = {f"{job.name}.sh": _script(launch, job, asked) for job in found}
     return written | {SUBMIT: _submit(launch, found)} if found else {}
+
+
+def _refuse_ranks(launch: Launch, asked: Asked) -> None:
+    """What several ranks cannot train: the plan knows of the recipe's own number alone."""
+    together = asked.nodes * (ranks_asked(launch.recipe, asked.ranks) or 1)
+    if together > 1:
+        compute = launch.recipe.compute.model_copy(update={"processes": together})
+        several = launch.recipe.model_copy(update={"compute": compute})
+        refuse_early(several, launch.plan.bound, write=False)
 
 
 def submit(launch: Launch, texts: dict[str, str]) -> list[str]:
     """Write the scripts and submit them; what the jobs are called.
 
     Raises:
-        UsageError: there is no Slurm here.
         StillroomError: it takes no job, or the folder cannot be written.
     """
-    folder = _folder(launch)
-    if which("sbatch") is None:
-        raise UsageError(
-            "launch: there is no sbatch here, so this is no machine of a Slurm cluster. Run it on "
-            "one; `--dry-run` prints the scripts."
-        )
+    folder = _folder(launch.recipe)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in texts.items():
@@ -95,11 +99,21 @@ def submit(launch: Launch, texts: dict[str, str]) -> list[str]:
     return done.stdout.splitlines()
 
 
-def _folder(launch: Launch) -> Path:
-    return Path(launch.recipe.run.dir).resolve() / FOLDER
+def _folder(recipe: Recipe) -> Path:
+    return Path(recipe.run.dir).resolve() / FOLDER
 
 
-def _refuse(launch: Launch, asked: Asked) -> None:
+def refuse_slurm(recipe: Recipe, asked: Asked, *, submits: bool) -> None:
+    """What can be told before anything is written.
+
+    Args:
+        recipe: That is to be launched.
+        asked: What the command line says of the jobs.
+        submits: Whether the scripts are more than printed.
+
+    Raises:
+        UsageError: an option that Slurm would not read, or would read otherwise; there is no Slurm.
+    """
     if asked.partition is not None and not _PARTITION.fullmatch(asked.partition):
         raise UsageError(f"--partition: names of partitions, with commas (got {asked.partition!r})")
     if asked.time is not None:
@@ -115,21 +129,22 @@ def _refuse(launch: Launch, asked: Asked) -> None:
                 f"--sbatch: {option[0]} is set by the launcher, and its scripts rest on it. Leave "
                 "it out; where another value is meant for one job, edit that script and submit it."
             )
-    folder = str(_folder(launch))
+    folder = str(_folder(recipe))
     if not folder.isprintable() or "\\" in folder:
         raise UsageError(
             f"run.dir: Slurm cannot name a log in {folder!r}, for it reads the backslash or line "
             "break otherwise. Name another folder."
         )
-    if (together := asked.nodes * (ranks_asked(launch.recipe, asked.ranks) or 1)) > 1:
-        compute = launch.recipe.compute.model_copy(update={"processes": together})
-        several = launch.recipe.model_copy(update={"compute": compute})
-        # What several ranks cannot train: the plan knows of the recipe's own number alone.
-        refuse_early(several, launch.plan.bound, write=False)
-    if workers_asked(launch.recipe, asked.workers) is None:
+    if workers_asked(recipe, asked.workers) is None:
         raise UsageError(
             "launch: how many workers? Nothing here says how many GPUs the cluster can give. Give "
             "--workers N (or compute.workers in the recipe)."
+        )
+    gpus_each(recipe, asked.gpus)
+    if submits and which("sbatch") is None:
+        raise UsageError(
+            "launch: there is no sbatch here, so this is no machine of a Slurm cluster. Run it on "
+            "one; `--dry-run` prints the scripts."
         )
 
 
@@ -192,7 +207,7 @@ def _options(launch: Launch, job: Job, asked: Asked) -> Iterable[str]:
 
 
 def _submit(launch: Launch, found: list[Job]) -> str:
-    folder = str(_folder(launch))
+    folder = str(_folder(launch.recipe))
     steps = []
     for number, job in enumerate(found):
         log = "%A_%a" if job.name == "workers" else "%j"

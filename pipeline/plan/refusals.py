@@ -82,7 +82,7 @@ def _refuse_student(recipe: Recipe, folder: Path | None, teacher: Identity, *, w
 
 
 def _refuse_fresh_norms(recipe: Recipe, teacher: Identity) -> None:
-    """Batch norms of a student with new weights, which may be of another architecture than its teacher."""
+    """Batch norms of a student with new weights, whatever architecture its teacher has."""
     several = recipe.compute.processes not in ("auto", 1)
     if several and TASKS[recipe.run.task].structure.images:
         from ...stages.models.students.student import refuse_fresh_norms

@@ -25,6 +25,7 @@ from ...stages.recipe.run_folder import (
 from ...storage.credentials import shown
 from ...storage.errors import UsageError
 from ...storage.files.local import LocalFiles
+from ...storage.store.store import MARKER
 from ..advice.advise import of_report
 from ..numbers import nats, percent
 from . import classes, compare, html, markdown, run_facts, sections
@@ -180,6 +181,11 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         return read_record(path)
     except FileNotFoundError as error:
+        if (path.parent / MARKER).is_file():
+            raise UsageError(
+                f"{path.parent}: is a store, expected the folder of a run. Name the recipe's "
+                "run.dir."
+            ) from error
         raise UsageError(
             f"{path}: no such file, so this run is not finished. Run `stillroom run RECIPE` first; "
             "a recipe without a student has no report."

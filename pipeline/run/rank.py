@@ -111,6 +111,8 @@ def train(
     needed(recipe.student, "student")
     refuse_without_wandb(needed(recipe.train, "train").wandb)
     os.environ.update(launched())
+    # A launcher shows what all ranks print: bars of libraries would tear the screen of the first.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     ranks = Ranks.here()
     with _log(recipe, ranks) as log, Screen(sys.stderr, quiet=quiet or not ranks.first) as screen:
         rank = _Rank(ranks, screen, log)
@@ -249,7 +251,7 @@ def _refuse_unfinished(plan: Plan) -> Iterator[str]:
         said = ", ".join(
             f"{line.name} has {line.pending} of {line.planned} rows to do"
             if line.state == "to do"
-            else f"{line.name} waits {line.why}"
+            else f"{line.name} waits for them"
             for line in left
         )
         raise UsageError(

@@ -216,7 +216,9 @@ def prepare(recipe: Recipe) -> Store:
         why = (
             f"run.dir: {recipe.run.dir} cannot be written ({error.strerror}). Name another folder."
         )
-        raise name_too_long(error, recipe.run.dir) or StillroomError(why) from error
+        a_file = isinstance(error, NotADirectoryError | FileExistsError)
+        other = (UsageError if a_file else StillroomError)(why)
+        raise name_too_long(error, recipe.run.dir) or other from error
     return store
 
 

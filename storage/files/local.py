@@ -21,6 +21,7 @@ from typing import Any
 
 from typing_extensions import override
 
+from ..errors import UsageError
 from .base import Content, FilesOnDisk, content_of, explained, file_sha256, make_folder, sync
 
 
@@ -44,6 +45,13 @@ class LocalFiles(FilesOnDisk):
 
     @override
     def empty(self) -> bool:
+        for place in (self.root, *self.root.parents):
+            if place.exists() and not place.is_dir():
+                below = "" if place == self.root else f"below {place}, which is "
+                raise UsageError(
+                    f"{self.root}: it is {below}a file, expected a folder. Name a folder, there or "
+                    "to be made."
+                )
         with explained("cannot list", self.root):
             return not self.root.is_dir() or all(
                 entry.name.startswith(".") for entry in self.root.iterdir()

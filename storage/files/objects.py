@@ -43,6 +43,8 @@ class ObjectFiles(Files):
 
     def __init__(self, root: str) -> None:
         self.root = root.rstrip("/")
+        if "://" not in self.root:  # fsspec would take it for a folder called `s3:`
+            raise UsageError(f"{root}: names no place. Expected a URL such as s3://bucket/path.")
         if hide_password(self.root) and self.root.startswith(_BUCKETS):
             raise UsageError(
                 f"{self.root}: was given with a password, and drivers of buckets read none there. "
@@ -269,6 +271,8 @@ class ObjectFiles(Files):
             raise UsageError(
                 f"{self.root}: {error}. Name a folder, or a URL such as s3://bucket/path."
             ) from error
+        except OSError as error:  # some drivers connect at once
+            raise self._failure("cannot connect", "", error) from error
         return system, path.rstrip("/")
 
     @contextmanager

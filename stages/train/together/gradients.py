@@ -57,7 +57,7 @@ def make_alike(module: nn.Module, ranks: Ranks) -> None:
 
 
 def refuse_changed(before: Mapping[str, Tensor], now: Mapping[str, Tensor], ranks: Ranks) -> None:
-    """Refuse a student whose own code averages over what it is fed, which is a rank's part of a step.
+    """Refuse a student whose own code averages over what it is fed: a rank's part of a step.
 
     Raises:
         NotTogether: a rank's passes have changed a buffer.
@@ -67,8 +67,8 @@ def refuse_changed(before: Mapping[str, Tensor], now: Mapping[str, Tensor], rank
     changed = [name for name, average in now.items() if not torch.equal(average, before[name])]
     for name in (name for of_rank in ranks.all(changed) for name in of_rank):
         raise NotTogether(
-            f"compute.processes: a pass changes {name} of the student, which would depend on how many "
-            "processes share a step. Set compute.processes to 1."
+            f"compute.processes: a pass changes {name} of the student, which would depend on how "
+            "many processes share a step. Set compute.processes to 1."
         )
 
 

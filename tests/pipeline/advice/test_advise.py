@@ -160,6 +160,14 @@ def test_every_line_of_the_table_has_a_planted_case() -> None:
     assert {name for name, _, _ in PLANTED} == set(RULES)
 
 
+def known_by_heart(run: Run) -> None:
+    """A loss that falls and falls, on text that was read 400 times."""
+    run["records"]["student"] = {
+        "history": curve(lambda done: 3 * (done + 0.005) ** -0.5),
+        "epochs": 400.0,
+    }
+
+
 QUIET: list[Callable[[Run], None]] = [
     lambda run: None,
     lambda run: run.update(evaluation=None, records={}),
@@ -173,6 +181,7 @@ QUIET: list[Callable[[Run], None]] = [
     with_curve(curve(settled, noise=0.1)),
     with_curve(curve(lambda done: 3 * (done + 0.005) ** -0.5)[:29]),  # a few steps say nothing
     with_curve(curve(lambda done: 3.0 * 0.95**done, noise=0.05)),  # a fall within the noise
+    known_by_heart,
 ]
 
 
@@ -192,6 +201,16 @@ def test_what_drops_the_tail_is_told_to_keep_it_before_all_else() -> None:
     assert advised(run)[0].do == "Set score.k: 256"
     run["recipe"]["score"] = {"targets": "sampled", "rounds": 13}
     assert "score.rounds: 52" in advised(run)[0].do
+
+
+def test_targets_that_lead_elsewhere_are_why_a_student_is_worse() -> None:
+    run = good()
+    with_gap(0.02, 0.005)(run)
+    assert "learning_rate: 1.0e-03" in advised(run)[0].do
+    with_angle(59.0)(run)
+    angle, worse = advised(run)
+    assert worse.name == "worse"
+    assert worse.do == angle.do
 
 
 def test_shards_of_more_entries_say_nothing_of_fewer() -> None:

@@ -123,6 +123,7 @@ def test_other_files_are_no_place_for_a_store(tmp_path: Path) -> None:
     found = findings(tmp_path)["store"]
     assert found.state == "fault"
     assert "STORE.json" in found.found
+    assert "is a file" in stillroom("doctor", tmp_path / "thesis.tex", expect=2).stderr
 
 
 def test_an_object_store_that_takes_conditions(s3: Any) -> None:

@@ -221,8 +221,10 @@ def test_what_is_done_is_not_submitted(
 def test_what_slurm_would_read_otherwise_is_refused(
     recipe: Path, calls: Callable[[], list[dict[str, Any]]], words: tuple[object, ...], named: str
 ) -> None:
+    before = sorted(recipe.parent.rglob("*"))
     assert named in launched(recipe, *words, expect=2).stderr
     assert not calls()
+    assert sorted(recipe.parent.rglob("*")) == before
 
 
 def test_a_refusal_of_slurm_is_told(

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from stillroom.storage.errors import StillroomError
+from stillroom.storage.errors import StillroomError, UsageError
 from stillroom.storage.files.local import LocalFiles
 from stillroom.storage.files.opening import open_files
 
@@ -175,3 +175,12 @@ def test_what_is_there_is_found_by_name(tmp_path):
         files.local("folder/b")
     files.prove_exclusive()
     assert [name for name, *_ in files.walk()] == [".only-temporary", "folder/a"]
+
+
+@pytest.mark.parametrize("address", ["{file}", "{file}/store", "s3://"])
+def test_what_can_be_no_folder_is_refused_before_anything_is_made(tmp_path, address):
+    file = tmp_path / "recipe.yaml"
+    file.write_text("run: {}")
+    with pytest.raises(UsageError, match=r"file, expected a folder|names no place"):
+        open_files(address.format(file=file)).empty()
+    assert list(tmp_path.iterdir()) == [file]

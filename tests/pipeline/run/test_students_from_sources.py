@@ -7,7 +7,6 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
 import pytest
 import yaml
@@ -20,6 +19,7 @@ from stillroom.pipeline.plan.plan import make_plan
 from stillroom.pipeline.plan.resolve import write_down
 from stillroom.pipeline.publish.export import PublishRequest, export
 from stillroom.pipeline.run import runner
+from stillroom.pipeline.run.jobs import stage_message
 from stillroom.stages.data import stage as data
 from stillroom.stages.recipe.load import load_recipe
 from stillroom.stages.recipe.sections import Recipe
@@ -220,16 +220,12 @@ def test_a_folder_is_named_as_teacher_and_data(gone: Made, tmp_path: Path) -> No
     assert 0 < books(short)["score"][1] < 40
 
 
-def test_stages_open_the_commit_that_was_planned_with(
-    made: Made, tmp_path: Path, monkeypatch: Any
-) -> None:
-    told: list[dict[str, Any]] = []
-    monkeypatch.setattr(runner, "Crew", lambda message, *_, **__: told.append(message) or Mock())
+def test_stages_open_the_commit_that_was_planned_with(made: Made, tmp_path: Path) -> None:
     recipe = made.recipe(tmp_path, made.published, Path("hf://datasets/a/b"))
     name = recipe.storage.sources[1] = "hf://datasets/a/b"
     plan = replace(made.plan, sources={name: f"{name}@0123/v-89abcdef"})
-    runner._run_stage(recipe, plan, "evaluate", Mock(number=1))
-    assert told[0]["recipe"]["storage"]["sources"] == [
+    told = stage_message(recipe, plan, "evaluate")
+    assert told["recipe"]["storage"]["sources"] == [
         str(made.published),
         "hf://datasets/a/b@0123",
     ]

@@ -8,10 +8,11 @@ then one line of JSON.
 
 Teacher: stories260k; text at temperature 1 by vLLM where it is installed; K = 16. Student: fresh,
 about 100k weights. Each arm (soft targets and a little cross-entropy; cross-entropy alone) gets the
-same start, order and tokens, three learning rates and three seeds, at one pass over the data and at
-four. Compared at each arm's own best learning rate (by mean held-out KL over seeds: the rows that
-judge also choose), paired by seed; `±` is half a 95 % interval over seeds. A run that was stopped
-goes on where it was.
+same start, order and tokens, six learning rates and three seeds, at one pass over the data and at
+four. Each arm is compared at its own best learning rate, which prompts of a validation split choose
+by the mean of its loss over the seeds; other prompts judge. Pairs are by seed, and `±` is half a
+95 % interval over seeds. A best rate at an edge of the grid is said. A run that was stopped goes on
+where it was.
 """
 
 import json
@@ -35,6 +36,7 @@ RECIPE = Path(__file__).parents[2] / "pipeline" / "recipes" / "tinystories.yaml"
 WORDS = 12
 ARMS = ("student", "baseline")
 METRICS = ("kl_teacher", "cross_entropy")
+RATES = (0.75e-3, 1.5e-3, 3.0e-3, 6.0e-3, 12.0e-3, 24.0e-3)
 
 
 def write_prompts(path: Path, *, count: int = 2000) -> None:
@@ -59,19 +61,23 @@ def compare(folder: Path, *, tiny: bool) -> dict[str, object]:
     folder.mkdir(parents=True, exist_ok=True)
     prompts = folder / "stories.jsonl"
     write_prompts(prompts, count=60 if tiny else 2000)
-    rates = (6.0e-3,) if tiny else (3.0e-3, 6.0e-3, 12.0e-3)
+    rates = (6.0e-3,) if tiny else RATES
     seeds = (0,) if tiny else (0, 1, 2)
     passes = (1,) if tiny else (1, 4)
     base: dict[str, object] = {
         "storage.dir": str(folder / "store"),
         "data.source": str(prompts),
         "evaluate.generate": None,
+        "train.evaluate_every_tokens": 100_000,
+        "train.validation_prompts": 100,
         "run.dir": str(folder / "runs" / "first"),
     }
     if tiny:
         base |= {
             "generate.max_tokens": 12,
             "data.holdout": 6,
+            "train.evaluate_every_tokens": 500,
+            "train.validation_prompts": 6,
             "evaluate.tokens": 60,
             "generate.engine": "hf",
         }
@@ -81,6 +87,9 @@ def compare(folder: Path, *, tiny: bool) -> dict[str, object]:
     runs = _run_all([words(base | _changes(folder, *choice)) for choice in choices])
     for choice, run in zip(choices, runs, strict=True):
         found[choice] = run["results"]
+        for arm, folder_of_arm in run["train_dirs"].items():
+            trained = json.loads((Path(folder_of_arm) / "train.json").read_text())
+            found[choice][arm]["validation_loss"] = trained["best"]["loss"]
         _say(choice, found[choice])
     return {str(epochs): _at_best(found, epochs, rates, seeds) for epochs in passes}
 
@@ -115,8 +124,11 @@ def _changes(folder: Path, epochs: int, rate: float, seed: int) -> dict[str, obj
 
 def _say(choice: tuple[int, float, int], results: dict[str, dict[str, float]]) -> None:
     epochs, rate, seed = choice
-    kl = ", ".join(f"{arm} {results[arm]['kl_teacher']:.4f}" for arm in ARMS)
-    print(f"passes {epochs}, learning rate {rate}, seed {seed}: held-out KL {kl}", flush=True)
+    said = ", ".join(
+        f"{arm} {results[arm]['kl_teacher']:.4f} (validation loss {results[arm]['validation_loss']:.4f})"
+        for arm in ARMS
+    )
+    print(f"passes {epochs}, learning rate {rate}, seed {seed}: held-out KL {said}", flush=True)
 
 
 def _at_best(
@@ -125,9 +137,14 @@ def _at_best(
     best, values = {}, {}
     for arm in ARMS:
         means = {
-            r: statistics.mean(found[epochs, r, s][arm]["kl_teacher"] for s in seeds) for r in rates
+            rate: statistics.mean(found[epochs, rate, s][arm]["validation_loss"] for s in seeds)
+            for rate in rates
         }
         best[arm] = min(means, key=lambda rate: means[rate])
+        if best[arm] in (rates[0], rates[-1]) and len(rates) > 1:
+            print(
+                f"passes {epochs}: the best rate of {arm}, {best[arm]}, is at an edge of the grid"
+            )
         values[arm] = {m: [found[epochs, best[arm], s][arm][m] for s in seeds] for m in METRICS}
     gains = {
         m: [b - s for s, b in zip(values["student"][m], values["baseline"][m], strict=True)]
@@ -148,7 +165,7 @@ def main() -> None:
     parser.add_argument("what", choices=["prompts", "compare"])
     parser.add_argument("path", type=Path)
     parser.add_argument(
-        "--tiny", action="store_true", help="seconds instead of half an hour; shows nothing"
+        "--tiny", action="store_true", help="seconds instead of an hour and more; shows nothing"
     )
     arguments = parser.parse_args()
     if arguments.what == "prompts":

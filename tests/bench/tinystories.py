@@ -125,7 +125,8 @@ def _changes(folder: Path, epochs: int, rate: float, seed: int) -> dict[str, obj
 def _say(choice: tuple[int, float, int], results: dict[str, dict[str, float]]) -> None:
     epochs, rate, seed = choice
     said = ", ".join(
-        f"{arm} {results[arm]['kl_teacher']:.4f} (validation loss {results[arm]['validation_loss']:.4f})"
+        f"{arm} {results[arm]['kl_teacher']:.4f} "
+        f"(validation loss {results[arm]['validation_loss']:.4f})"
         for arm in ARMS
     )
     print(f"passes {epochs}, learning rate {rate}, seed {seed}: held-out KL {said}", flush=True)

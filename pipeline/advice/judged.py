@@ -32,12 +32,10 @@ def judged(recipe: Mapping[str, Any], evaluation: Mapping[str, Any]) -> Iterator
     measure = next((name for name in _MEASURES if difference.get(name) is not None), None)
     if measure is None or evaluation["results"][other].get(measure) is None:
         return
-    # Targets that lead elsewhere are why; slower steps would lead there as well.
-    slower = changed_rate(recipe["train"], 1 / 3)
-    rate = f"train.learning_rate: {slower}, a third of what it was, for both"
-    remedy = _nearer(recipe) if turned else rate
-    if (worse := _worse(evaluation, other, measure, remedy)) is not None:
-        yield worse
+    if _is_worse(evaluation, other, measure):
+        # Targets that lead elsewhere are why; slower steps would lead there as well.
+        remedy = _nearer(recipe) if turned else _slower(recipe)
+        yield _worse(evaluation, other, measure, remedy)
     elif other == "baseline":
         yield from _too_few(recipe, evaluation, measure)
 
@@ -71,12 +69,22 @@ def _nearer(recipe: Mapping[str, Any]) -> str:
     return f"score.k: {4 * score['k']}"
 
 
-def _worse(evaluation: Mapping[str, Any], other: str, measure: str, remedy: str) -> Advice | None:
-    """A student that is clearly farther off than the baseline, or than before it was trained."""
-    difference, results = evaluation["differences"][other], evaluation["results"]
+def _slower(recipe: Mapping[str, Any]) -> str:
+    rate = changed_rate(recipe["train"], 1 / 3)
+    return f"train.learning_rate: {rate}, a third of what it was, for both"
+
+
+def _is_worse(evaluation: Mapping[str, Any], other: str, measure: str) -> bool:
+    """Whether the student is clearly farther off than the baseline, or than before its training."""
+    difference = evaluation["differences"][other]
     gap, error = difference[measure], difference.get(f"{measure}_se")
-    if error is None or gap <= CLEAR * error:
-        return None
+    return error is not None and gap > CLEAR * error
+
+
+def _worse(evaluation: Mapping[str, Any], other: str, measure: str, remedy: str) -> Advice:
+    """What is said of such a student."""
+    difference, results = evaluation["differences"][other], evaluation["results"]
+    gap, error = difference[measure], difference[f"{measure}_se"]
     numbers = {"measure": _MEASURES[measure], "gap": nats(gap), "error": nats(error)}
     numbers |= {
         "value": nats(results["student"][measure]),

@@ -58,9 +58,9 @@ def skew_reverse_kl(teacher: Tensor, student: Tensor, *, skew: float) -> Tensor:
 
 
 def jsd(teacher: Tensor, student: Tensor, *, jsd_weight: float) -> Tensor:
-    """Generalised Jensen-Shannon: w KL(t || m) + (1 - w) KL(p || m).
+    """Generalised Jensen-Shannon divergence.
 
-    In it m = w t + (1 - w) p and w = jsd_weight.
+    w KL(t || m) + (1 - w) KL(p || m), m = w t + (1 - w) p, w = jsd_weight
 
     Agarwal et al. 2024 (GKD), arXiv 2306.13649; 0 < w < 1. At w = 1/2 it is symmetric and
     at most log 2.
@@ -106,9 +106,10 @@ def alpha_beta(teacher: Tensor, student: Tensor, *, alpha_beta: tuple[float, flo
 
 
 def adaptive_kl(teacher: Tensor, student: Tensor, *, head_mass: float) -> Tensor:
-    """g_h / (g_h + g_t) KL(t || p) + g_t / (g_h + g_t) KL(p || t).
+    """Forward KL where the head is off, reverse KL where the tail is.
 
-    In it g = sum_i |t_i - p_i|, over head (g_h) and tail (g_t).
+    g_h / (g_h + g_t) KL(t || p) + g_t / (g_h + g_t) KL(p || t),
+    with g = sum_i |t_i - p_i| over head and tail
 
     The head is the teacher's best entries as long as their mass together is at most `head_mass`,
     the best one always; the tail is all else, the bucket included. As in the authors' code the two

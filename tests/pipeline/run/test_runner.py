@@ -284,7 +284,7 @@ def test_a_student_that_writes_while_the_teacher_scores(
         (["data.source=/none/at/all.jsonl"], 2, "data.source: nothing to read"),
         (["teacher.model=/none/at/all"], 2, "teacher.model: no folder"),
         (["data.holdout=24"], 2, "data.holdout: 24 of 24 prompts"),
-        (["storage.dir=/dev/null/store"], 1, "/dev/null/store: cannot"),
+        (["storage.dir=/dev/null/store"], 2, "/dev/null/store: it is below /dev/null"),
         (["generate.engine_args={batch_size: 2}", "train.row_tokens=8"], 2, "train.row_tokens: 8"),
     ],
 )

@@ -29,6 +29,7 @@ from stillroom.stages.evaluate.quiz.answers import Question, Quiz, greedy, score
 from stillroom.stages.evaluate.quiz.normal_forms import number, words
 from stillroom.stages.evaluate.quiz.patterns import last_match
 from stillroom.stages.recipe.evaluate import EvaluateGenerate
+from stillroom.stages.workers.ranks import Ranks
 from stillroom.storage.time_limit import time_limit
 
 
@@ -105,6 +106,8 @@ def test_prompts_that_would_change_one_another_are_answered_alone() -> None:
         against="nothing",
     )
     job: Any = SimpleNamespace(
+        agreed_stop=lambda: None,
+        ranks=Ranks(),
         stop=SimpleNamespace(check=lambda: None),
         progress=SimpleNamespace(advance=lambda *_, **__: None),
     )
@@ -297,7 +300,9 @@ def test_a_pattern_that_backtracks_ends_and_its_answers_count_as_unanswered(
     numbers: Any = Numbers()
     quiz = Quiz(settings=settings, tokenizer=numbers, questions=asked, against="r")
     answers = {"student": ["aaa", endless, "b"]}
-    job: Any = SimpleNamespace(stop=SimpleNamespace(check=lambda: None))
+    job: Any = SimpleNamespace(
+        agreed_stop=lambda: None, ranks=Ranks(), stop=SimpleNamespace(check=lambda: None)
+    )
     assert quiz.unfinished(answers, job) == {"student": ["y"]}
     assert quiz.scores(answers) == {"student": pytest.approx(1 / 3)}
     # Not even where the reference is the same text.

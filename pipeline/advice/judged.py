@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ..numbers import count, decimals, nats, percent
+from ..printing.numbers import count, decimals, nats, percent
 from .table import CLEAR, MOST_DEGREES, RESOLVED, Advice, advice
 from .trained import changed_rate
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from ...stages.recipe.kinds import KINDS
 from ...storage.tables.kinds import STRUCTURES
-from ..numbers import count, percent
+from ..printing.numbers import count, percent
 from .table import ENOUGH_MASS, MOST_REJECTED, Advice, advice
 
 

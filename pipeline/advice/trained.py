@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ..numbers import count, nats, percent, significant
+from ..printing.numbers import count, nats, percent, significant
 from .table import CLEAR, FAST_FALL, LEAST_POINTS, MOST_PASSES, NO_MOVE, RISE, SPIKE, Advice, advice
 
 FIRST_POINTS = 3

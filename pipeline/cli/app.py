@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..text import show_line
+from ..printing.text import show_line
 
 app = typer.Typer(
     name="stillroom",
@@ -48,7 +48,7 @@ def print_for_people(content: Any, *, columns: int = 400) -> None:
     if isinstance(content, str):
         show_line(content)
         return
-    from ..console import Terminal
+    from ..printing.console import Terminal
 
     width = None if sys.stdout.isatty() else columns
     Terminal(soft_wrap=width == 400, width=width).print(content)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ...storage.errors import UsageError
-from ..text import show_line
+from ..printing.text import show_line
 from .app import AsJson, Quiet, print_json, words
 
 if TYPE_CHECKING:

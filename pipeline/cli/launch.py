@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ...storage.errors import UsageError
-from ..text import show_text
+from ..printing.text import show_text
 from .app import (
     AllowCode,
     AsJson,

@@ -19,7 +19,7 @@ import typer
 from ...storage.credentials import as_written
 from ...storage.errors import StillroomError, name_too_long
 from ...storage.store.stopping import at_work, stop_signals, stopped_by
-from ..text import show_line, show_text
+from ..printing.text import show_line, show_text
 from . import doctor, import_table, launch, publish, store
 from .app import (
     AllowCode,

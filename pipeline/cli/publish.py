@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ...storage.errors import UsageError
-from ..text import show_line
+from ..printing.text import show_line
 from .app import AsJson, Overrides, print_json, words
 
 if TYPE_CHECKING:

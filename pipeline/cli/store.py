@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..numbers import human
-from ..text import one_line
+from ..printing.numbers import human
+from ..printing.text import one_line
 from .app import AsJson, StorePath, print_for_people, print_json, words
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def inspect(
 
     Of a run it shows where its student differs.
     """
-    from ..console import Terminal
+    from ..printing.console import Terminal
     from ..report.stored.inspect import show
 
     columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else 80

@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 
 from ...storage.errors import UsageError
-from ..numbers import size
+from ..printing.numbers import size
 from . import installed, place
 from .finding import Finding, ok
 from .libraries import Libraries

@@ -15,7 +15,7 @@ from ...storage.errors import StillroomError
 from ...storage.files.base import Files
 from ...storage.files.opening import open_files
 from ...storage.store.store import MARKER, Store
-from ..numbers import human, size
+from ..printing.numbers import human, size
 from .finding import Finding, fault, ok, warning
 
 WRITERS = 4

@@ -20,7 +20,7 @@ from ...storage.credentials import shown
 from ...storage.errors import IntegrityError, UsageError
 from ...storage.joined import open_store
 from ...storage.keys import canonical_json
-from ..text import inline, public_name
+from ..printing.text import inline, public_name
 from .teachers import BoundTeacher
 
 LINEAGE = "lineage.json"

@@ -29,7 +29,7 @@ from ...storage.files.opening import open_files
 from ...storage.joined import Joined, open_store
 from ...storage.published.folder import Published
 from ...storage.store.store import Store
-from ..numbers import teacher_layers
+from ..printing.numbers import teacher_layers
 from .endpoint import endpoint_notes, plan_endpoint, refuse_reading, refuse_without_key
 from .engines import engine_notes
 from .features import feature_note, image_note, learnt_embeddings, plan_embeddings, teacher_widths

@@ -14,7 +14,7 @@ from typing import Any
 
 from ...stages.recipe.tasks import TASKS
 from ...storage.published.manifest import Manifest
-from ..text import escaped, one_line, prose
+from ..printing.text import escaped, one_line, prose
 from .dataset_card_code import code
 from .dataset_card_origin import origin
 from .dataset_card_text import columns, limits, numbers, sample, sizes, summary, warnings

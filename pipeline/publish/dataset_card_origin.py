@@ -10,9 +10,9 @@ from typing import Any
 
 from ...stages.recipe.kinds import HF
 from ...storage.published.manifest import Manifest
-from ..numbers import count
 from ..plan.lineage import came_from
-from ..text import inline, table
+from ..printing.numbers import count
+from ..printing.text import inline, table
 from .provenance import UNKNOWN
 
 

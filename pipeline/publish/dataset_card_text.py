@@ -10,9 +10,9 @@ from ...storage.published.manifest import Manifest
 from ...storage.tables.heads import head_of
 from ...storage.tables.kinds import STRUCTURES
 from ...storage.tables.rows import Rows
-from ..numbers import count, decimals, percent, size
+from ..printing.numbers import count, decimals, percent, size
+from ..printing.text import cell, escaped, fenced, inline, prose, table
 from ..report.stored.inspect import describe
-from ..text import cell, escaped, fenced, inline, prose, table
 from .dataset_card_origin import engines, model_name
 from .features import features_about
 from .provenance import UNKNOWN, unknown_licenses

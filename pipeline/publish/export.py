@@ -38,7 +38,7 @@ from ...storage.snapshots.snapshot import load_snapshot
 from ...storage.store.bindings import all_bindings
 from ...storage.store.matrices import FOLDER as MATRICES
 from ...storage.store.store import MARKER, TEACHER_FILES, Store
-from ..text import one_line
+from ..printing.text import one_line
 from .dataset_card import Published, dataset_card
 from .features import chosen_features
 from .provenance import (

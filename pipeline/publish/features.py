@@ -12,8 +12,8 @@ from ...storage.published.manifest import Manifest
 from ...storage.snapshots.snapshot import Snapshot
 from ...storage.store.store import Store
 from ...storage.tables.features import ERRORS, projected_to, what_and_how
-from ..numbers import count, size
-from ..text import cell, inline, table
+from ..printing.numbers import count, size
+from ..printing.text import cell, inline, table
 
 
 def chosen_features(

@@ -31,12 +31,12 @@ from ...stages.workers.shard_about import versions
 from ...storage.files.local import LocalFiles
 from ...storage.published.export import put
 from ...storage.published.manifest import CARD
-from ..numbers import count, teacher_layers
 from ..plan.lineage import came_from, written_by
+from ..printing.numbers import count, teacher_layers
+from ..printing.text import HUB_NAME, escaped, fenced, inline, one_line, prose, public_name, table
 from ..report.report import outcome
 from ..report.results import measures, result_headers, result_rows, unit_of
 from ..report.sections import begins_as, student_of, taught_by
-from ..text import HUB_NAME, escaped, fenced, inline, one_line, prose, public_name, table
 from .model_card_code import adapter_code, student_code
 from .provenance import public_recipe
 

@@ -25,7 +25,7 @@ from ...storage.published.export import Made
 from ...storage.published.export_rows import sources_of
 from ...storage.store.store import Store
 from ..plan.lineage import kept_lineage
-from ..text import public_name
+from ..printing.text import public_name
 
 UNKNOWN = "unknown"
 PROVENANCE = "PROVENANCE.json"

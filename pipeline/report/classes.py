@@ -6,8 +6,8 @@ The section has averages of precision, recall and F1, numbers by class, and conf
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..numbers import count, percent
-from ..text import inline
+from ..printing.numbers import count, percent
+from ..printing.text import inline
 from .blocks import Block, Section, Table, Text
 from .results import ARMS, LINES, unit_of
 

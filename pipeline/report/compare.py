@@ -6,8 +6,8 @@ First comes what was different, then what came of it, then their curves over one
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..numbers import nats
-from ..text import inline
+from ..printing.numbers import nats
+from ..printing.text import inline
 from . import figures, sections
 from .blocks import Block, Bullets, Figures, Page, Section, Table, Text
 from .plots import Panel

@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 from ...stages.recipe.kinds import KINDS
-from ..numbers import count, percent
+from ..printing.numbers import count, percent
 from .blocks import Table
 from .plots import Bars, Line, Lines, Panel, Stacks, short
 from .results import of_classes

@@ -9,8 +9,8 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..numbers import decimals
-from ..text import printable
+from ..printing.numbers import decimals
+from ..printing.text import printable
 from . import plots
 from .blocks import Figures, Page, Section, Tokens
 from .token_view import Position, Said, TokenRow, shade

@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from ..numbers import decimals
-from ..text import escaped, fenced, prose, table
+from ..printing.numbers import decimals
+from ..printing.text import escaped, fenced, prose, table
 from .blocks import Block, Bullets, Code, Figures, Page, Samples, Section, Table, Text, Tokens
 from .token_view import TEACHER, TokenRow, best_of, code, worst
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
-from ..text import one_line
+from ..printing.text import one_line
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

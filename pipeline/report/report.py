@@ -27,7 +27,7 @@ from ...storage.errors import UsageError
 from ...storage.files.local import LocalFiles
 from ...storage.store.store import MARKER
 from ..advice.advise import of_report
-from ..numbers import nats, percent
+from ..printing.numbers import nats, percent
 from . import classes, compare, html, markdown, run_facts, sections
 from .blocks import Bullets, Page, Section, Text
 from .results import Results, by_teacher, known_arms, measures, result_cells, unit_of

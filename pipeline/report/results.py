@@ -8,8 +8,8 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from ...stages.recipe.tasks import TASKS
-from ..numbers import count, decimals, percent, significant
-from ..text import inline
+from ..printing.numbers import count, decimals, percent, significant
+from ..printing.text import inline
 from .blocks import Bullets, Section, Table
 
 Results = Mapping[str, Mapping[str, Any]]

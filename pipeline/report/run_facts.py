@@ -8,8 +8,8 @@ from typing import Any
 
 import yaml
 
-from ..numbers import count, decimals, duration, size
-from ..text import inline
+from ..printing.numbers import count, decimals, duration, size
+from ..printing.text import inline
 from . import figures
 from .blocks import Block, Bullets, Code, Figures, Section, Table, Text
 

@@ -16,9 +16,9 @@ from ...stages.recipe.features import (
 )
 from ...stages.recipe.kinds import KINDS
 from ...storage.tables.kinds import STRUCTURES
-from ..numbers import count, decimals, duration, percent, teacher_layers
 from ..plan.lineage import endpoint_teacher
-from ..text import inline
+from ..printing.numbers import count, decimals, duration, percent, teacher_layers
+from ..printing.text import inline
 from . import figures
 from .blocks import Block, Figures, Sample, Samples, Section, Table, Text, Tokens
 from .results import ARMS

@@ -9,8 +9,8 @@ from itertools import accumulate
 from math import exp
 from typing import TYPE_CHECKING, Any
 
-from ..numbers import decimals
-from ..text import inline, printable
+from ..printing.numbers import decimals
+from ..printing.text import inline, printable
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -11,9 +11,9 @@ from typing import Any, TextIO
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ..console import Terminal
-from ..numbers import duration, human, short, size
-from ..text import one_line, show_line
+from ..printing.console import Terminal
+from ..printing.numbers import duration, human, short, size
+from ..printing.text import one_line, show_line
 
 LINE_SECONDS = 10.0
 """Between two lines of progress, where there is no bar."""

@@ -22,10 +22,10 @@ from rich.segment import ControlType
 from rich.table import Table
 from rich.text import Text
 
-from ..console import Terminal
-from ..numbers import duration, human, short, size
 from ..plan.lines import StagePlan, equal_texts
-from ..text import one_line
+from ..printing.console import Terminal
+from ..printing.numbers import duration, human, short, size
+from ..printing.text import one_line
 from .progress import LINE_SECONDS, Meter
 
 _DRAW_SECONDS = 0.2

@@ -24,10 +24,10 @@ from ...storage.store.store import Store
 from ...storage.tables.features import ERRORS
 from ...storage.tables.kinds import STRUCTURES
 from ...storage.tables.shard import ShardFile
-from ..numbers import duration, human
 from ..plan.lines import Plan, equal_texts
 from ..plan.teachers import teachers_json
-from ..text import one_line
+from ..printing.numbers import duration, human
+from ..printing.text import one_line
 from .advised import held_of
 from .timings import Pace
 

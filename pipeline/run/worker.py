@@ -34,7 +34,7 @@ from ...storage.credentials import cleaned, hide, shown
 from ...storage.errors import EngineDied, NotTogether, ProcessDied, StillroomError, Stopped
 from ...storage.files.base import DISK_FULL
 from ..plan.resolve import author_identity, teacher_identity
-from ..text import printable
+from ..printing.text import printable
 from .progress import ToldProgress
 
 JOB_FD = "STILLROOM_JOB_FD"

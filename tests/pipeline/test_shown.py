@@ -18,11 +18,11 @@ from kit import stillroom
 from published import make_store
 
 from stillroom import pipeline
-from stillroom.pipeline.console import Terminal
+from stillroom.pipeline.printing.console import Terminal
+from stillroom.pipeline.printing.text import escaped, inline, one_line, printable, prose, table
 from stillroom.pipeline.run.progress import StageProgress, ToldProgress
 from stillroom.pipeline.run.screen import Screen
 from stillroom.pipeline.run.worker import _LogText
-from stillroom.pipeline.text import escaped, inline, one_line, printable, prose, table
 from stillroom.storage.store.store import Store
 
 ROOT = Path(str(pipeline.__file__)).parent

@@ -32,7 +32,7 @@ from ....storage.tables.schema import KEY, TableName
 from ....storage.tables.shard import ShardFile
 from ....storage.tables.soft_targets import SoftTargets
 from ....storage.tables.spans import positions, spans_of
-from ...text import one_line, printable
+from ...printing.text import one_line, printable
 from ..report import load_report
 from ..token_view import coloured, drawn, fitting, rows_of, visible
 

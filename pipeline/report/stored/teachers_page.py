@@ -6,8 +6,8 @@ from typing import Any
 
 from ....storage.credentials import shown
 from ....storage.store.store import Store
-from ...numbers import count, decimals, percent, significant
-from ...text import inline
+from ...printing.numbers import count, decimals, percent, significant
+from ...printing.text import inline
 from .. import html, markdown
 from ..blocks import Bullets, Page, Section, Table, Text
 from ..report import write_page

@@ -18,7 +18,7 @@ import pytest
 import reports
 from reports import NASTY, RECIPE, black_box, finished
 
-from stillroom.pipeline.numbers import percent
+from stillroom.pipeline.printing.numbers import percent
 from stillroom.pipeline.report import html as report_html
 from stillroom.pipeline.report import plots
 from stillroom.pipeline.report.blocks import Figures, Page, Section, Table

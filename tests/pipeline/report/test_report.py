@@ -13,14 +13,14 @@ from kit import last_json, stillroom
 from reports import RECIPE, black_box, difference, finished, train
 from rich.console import Console
 
-from stillroom.pipeline.numbers import nats, significant, size
+from stillroom.pipeline.printing.numbers import nats, significant, size
+from stillroom.pipeline.printing.text import fenced, table
 from stillroom.pipeline.report import compare as report_compare
 from stillroom.pipeline.report import markdown as report_markdown
 from stillroom.pipeline.report.report import load_report, outcome, page, results_table, write_report
 from stillroom.pipeline.report.results import results as results_section
 from stillroom.pipeline.report.sections import curve as curve_section
 from stillroom.pipeline.report.sections import thinned
-from stillroom.pipeline.text import fenced, table
 from stillroom.storage.errors import IntegrityError, UsageError
 
 

@@ -13,7 +13,7 @@ import yaml
 from kit import last_json, prompts, recipe_tree, stillroom, write_jsonl
 from tiny_llama import save_tiny_llama
 
-from stillroom.pipeline.text import public_name
+from stillroom.pipeline.printing.text import public_name
 from stillroom.stages.recipe.load import load_recipe
 from stillroom.stages.recipe.run_folder import trained_student
 from stillroom.storage.errors import UsageError

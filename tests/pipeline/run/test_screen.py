@@ -20,8 +20,8 @@ from kit import ENVIRONMENT, command, prompts, stillroom, write_jsonl, write_rec
 from running import start
 from tiny_llama import save_tiny_llama
 
-from stillroom.pipeline.numbers import duration, human, short, size
 from stillroom.pipeline.plan.lines import StagePlan
+from stillroom.pipeline.printing.numbers import duration, human, short, size
 from stillroom.pipeline.run import screen as module
 from stillroom.pipeline.run.progress import Meter, ToldProgress
 from stillroom.pipeline.run.screen import Screen

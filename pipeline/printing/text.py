@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from ..stages.recipe.run_folder import RUN
-from ..storage.credentials import shown
+from ...stages.recipe.run_folder import RUN
+from ...storage.credentials import shown
 
 _PICTURES = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"}
 _PICTURES |= {0x7F: 0x2421, 0x2028: 0x2424, 0x2029: 0x2424}

@@ -1,0 +1,1 @@
+"""What people read: numbers, text of others made harmless, a terminal."""

@@ -106,8 +106,11 @@ class Claims:
                 self._asked_again = True
                 continue
             there = look(fewest > 0) > 0
-            if fewest >= CROWD and there and self._waits(left):
-                return
+            if fewest >= CROWD and there:
+                if self._waits(left):
+                    return
+                # Some of it was done meanwhile, maybe all that had the fewest claims.
+                fewest = min(part.fewest for part in parts.values())
             number = self._chosen([n for n, part in parts.items() if part.fewest == fewest])
             if requests := self._taken(number, fewest, left):
                 began = time.monotonic()

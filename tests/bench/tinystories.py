@@ -105,11 +105,15 @@ def _run_all(asked: list[list[str]]) -> Iterator[dict[str, Any]]:
     with ProcessPoolExecutor(
         min(len(asked), cpu_count() or 1),
         mp_context=get_context("spawn"),
-        initializer=torch.set_num_threads,
-        initargs=(1,),
+        initializer=_one_thread,
     ) as pool:
         for run in [pool.submit(run_arm, RECIPE, overrides) for overrides in asked]:
             yield run.result()
+
+
+def _one_thread() -> None:
+    """By this name, for a vLLM that ran here has put a function of its own in place of torch's."""
+    torch.set_num_threads(1)
 
 
 def _changes(folder: Path, epochs: int, rate: float, seed: int) -> dict[str, object]:

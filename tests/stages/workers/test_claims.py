@@ -204,6 +204,25 @@ def test_whoever_waits_ends_when_the_others_are_done(tmp_path: Path) -> None:
     assert workers[2].wait is None
 
 
+@pytest.mark.parametrize("done", [set(), {0}, {1000}, {0, 1000}])
+@pytest.mark.parametrize("claims", [(2, 3), (3, 2), (2, 2)])
+@pytest.mark.parametrize("seed", range(4))
+def test_what_others_finish_meanwhile_leaves_blocks_whose_names_begin_otherwise(
+    tmp_path: Path, claims: tuple[int, int], done: set[int], seed: int
+) -> None:
+    """The last block of those with the fewest claims is done when its turn comes."""
+    files, blocks = LocalFiles(tmp_path), [0, 1000]
+    left = lambda block: [] if block in done else [block]  # noqa: E731
+    for number in range(max(claims)):
+        other = Claims(files, "generate", data="d")
+        for block, count in zip(blocks, claims, strict=True):
+            assert number >= count or other._claim(block, number)
+    worker = Claims(files, "generate", data="d")
+    worker._random.seed(seed)  # which of the two it looks at first
+    taken = worker.blocks(blocks, look=lambda _: 1, left=left)
+    assert {block for _, rows in taken for block in rows} == set(blocks) - done
+
+
 def test_nobody_waits_for_workers_that_commit_nothing(tmp_path: Path) -> None:
     """Two runs before were killed, each after it had claimed all."""
 

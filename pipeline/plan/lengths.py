@@ -1,7 +1,11 @@
 """Lengths that do not go together.
 
-They are what the data may have, what the teacher reads, and what the student reads.
+They are what the data may have, what the teacher reads, and what the student reads, or sees of what
+it reads.
 """
+
+from collections.abc import Iterator
+from pathlib import Path
 
 from ...stages.data.given_text import given_text
 from ...stages.ledger.books import Books
@@ -10,11 +14,13 @@ from ...stages.models.fit.config import config_facts, usable_positions
 from ...stages.models.fit.files import read_json
 from ...stages.models.fit.parts import text_config
 from ...stages.models.identity import find_model
+from ...stages.recipe.features import layers_for
 from ...stages.recipe.sections import Recipe
 from ...stages.recipe.stages import needed
 from ...storage.errors import UsageError
+from .attention import config_attention
 from .resolve import Bound
-from .student_config import of_fresh_student
+from .student_config import of_fresh_student, student_blocks
 
 
 def refuse_unread(recipe: Recipe, bound: Bound) -> None:
@@ -105,3 +111,52 @@ def _student_reads(recipe: Recipe, bound: Bound) -> int | None:
     if student.factory is not None:
         return None
     return of_fresh_student(recipe, bound, lambda made: usable_positions(text_config(made)))
+
+
+def unseen_by_student(recipe: Recipe, bound: Bound, books: Books, student: Path | None) -> str:
+    """What to say of rows longer than a window of the student that is narrower than the teacher's.
+
+    It is empty where there are no such rows.
+
+    Args:
+        recipe: The recipe.
+        bound: Its teacher; where it is not here, training says the same before its first step.
+        books: After `choose_generations`.
+        student: Folder of an existing student; None: fresh weights, or not here yet.
+    """
+    for path, teacher, block, window in _narrower(recipe, bound, student):
+        ((rows, longest),) = books.index.rows(f"""
+            SELECT count(*), max(tokens) FROM chosen WHERE NOT held_out
+            AND tokens > {window} AND tokens <= {bound.binding.context_tokens}""")
+        if rows:
+            return (
+                f"{path}: block {block} of the student sees tokens less than {window} away, layer "
+                f"{teacher} of the teacher further, and {rows:,} of the rows to train on have "
+                f"more, the longest {longest}: KL is infinite where the teacher looks at what the "
+                "student cannot see. Choose layers of which the student's sees as much, or match: "
+                "relations."
+            )
+    return ""
+
+
+def _narrower(
+    recipe: Recipe, bound: Bound, folder: Path | None
+) -> Iterator[tuple[str, int, int, int]]:
+    """The pairs of layers whose student sees less than the teacher.
+
+    Of each it gives its entry, the teacher's layer, the student's block and its window.
+    """
+    entries = [(n, a) for n, a in enumerate(recipe.loss.features) if a.match == "attention"]
+    if recipe.score is None or recipe.train is None or not entries or bound.teacher is None:
+        return
+    found = student_blocks(recipe, bound, folder)
+    if found is None or recipe.train.snapshot is not None:
+        return
+    blocks, mine = found
+    theirs = config_attention(bound.teacher.folder, "teacher.model")
+    for number, asked in entries:
+        stored = layers_for(asked, recipe.score.features)
+        for teacher, block in asked.pairs(stored, blocks):
+            window, sees = mine.window(block), theirs.window(teacher)
+            if window is not None and (sees is None or sees > window):
+                yield f"loss.features.{number}", teacher, block, window

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from ...stages.data.stage import survey
 from ...stages.ledger.books import Books, Ledger
-from ...stages.ledger.generations import generation_ledger, published_alike
+from ...stages.ledger.generations import generation_ledger, pending_held_out, published_alike
 from ...stages.ledger.requests import GENERATION_BYTES
 from ...stages.ledger.splits import choose_features, choose_samples, choose_snapshots
 from ...stages.ledger.targets import choose_generations, target_ledger
@@ -33,14 +33,14 @@ from ..printing.numbers import teacher_layers
 from .endpoint import endpoint_notes, plan_endpoint, refuse_reading, refuse_without_key
 from .engines import engine_notes
 from .features import feature_note, image_note, learnt_embeddings, plan_embeddings, teacher_widths
-from .lengths import unread_by_student, window_notes
+from .lengths import unread_by_student, unseen_by_student, window_notes
 from .lineage import found_students
 from .lines import Plan, StagePlan, State, equal_texts
 from .refusals import refuse_another, refuse_early, student_folder
 from .resolve import Bound, bind
+from .space import add_unwritten, space_notes
 from .students import plan_students
 from .teachers import BoundTeacher, bind_teachers, quantized_notes, teacher_notes
-from .windows import unseen_by_student
 
 
 def make_plan(recipe: Recipe, *, write: bool = False) -> Plan:
@@ -68,6 +68,7 @@ def make_plan(recipe: Recipe, *, write: bool = False) -> Plan:
         plan.note(f"the student starts from {start}")
     plan.note(*feature_note(recipe, bound), *image_note(recipe, bound))
     _plan_tables(recipe, plan, store)
+    plan.note(*space_notes(recipe, plan))
     return _with_students(recipe, plan)
 
 
@@ -205,8 +206,11 @@ def _survey(recipe: Recipe, plan: Plan, store: Store | None) -> pa.Table | None:
 
 def _plan_empty(recipe: Recipe, plan: Plan, inputs: pa.Table) -> None:
     """Everything is to do."""
+    count = held_out = 0
     if recipe.generate is not None:
-        count = pc.sum(inputs["first"]).as_py() * recipe.generate.samples
+        first = inputs.filter(inputs["first"])
+        judged = pc.sum(pc.not_equal(first["split"].cast("string"), "train")).as_py() or 0
+        count, held_out = (n * recipe.generate.samples for n in (len(first), judged))
         tokens = count * recipe.generate.max_tokens
         line = StagePlan(
             name="generate", state="to do", planned=count, pending=count, why=f"{count} new"
@@ -216,7 +220,15 @@ def _plan_empty(recipe: Recipe, plan: Plan, inputs: pa.Table) -> None:
         plan.stages.append(line)
     if recipe.score is not None:
         for one in plan.teachers:
-            plan.stages.append(StagePlan(name=one.line, state="waits", why="for the text"))
+            line = StagePlan(name=one.line, state="waits", why="for the text")
+            _add_unwritten(line, one, count, held_out)
+            plan.stages.append(line)
+
+
+def _add_unwritten(line: StagePlan, one: BoundTeacher, pending: int, held_out: int) -> None:
+    """Add what a teacher is asked for of the texts to come; which of them `where` takes is open."""
+    if one.asked is None or one.asked.is_plain:
+        add_unwritten(line, one.recipe, one.bound, pending=pending, held_out=held_out)
 
 
 def _plan_stored(recipe: Recipe, plan: Plan, books: Books) -> None:
@@ -231,6 +243,7 @@ def _plan_stored(recipe: Recipe, plan: Plan, books: Books) -> None:
         data.pending = books.lost(binding.author_id if recipe.generate is None else None)
         data.committed, data.planned = inputs - data.pending, inputs + data.rejected
         data.state = "to do" if data.pending else "done"
+    unwritten = 0, 0
     if recipe.generate is not None and books.published is None:
         ledger = generation_ledger(
             books,
@@ -240,6 +253,7 @@ def _plan_stored(recipe: Recipe, plan: Plan, books: Books) -> None:
         )
         plan.stages.append(_line("generate", ledger))
         plan_endpoint(recipe, plan.stages[-1])
+        unwritten = ledger.pending, pending_held_out(books)
     choose_generations(books, author_id=binding.author_id)
     if TASKS[recipe.run.task].labelled and data.state == "done":
         refuse_without_labels(recipe, books.labels())
@@ -249,7 +263,7 @@ def _plan_stored(recipe: Recipe, plan: Plan, books: Books) -> None:
         plan.unread = unread_by_student(recipe, bound, books)
         plan.unread = plan.unread or unseen_by_student(recipe, bound, books, folder)
     if recipe.score is not None:
-        upstream = _plan_score(plan, books, upstream=upstream)
+        upstream = _plan_score(plan, books, unwritten, upstream=upstream)
     if upstream and recipe.several:
         plan.note(*left_out(books, [one.name for one in plan.teachers]))
     if upstream and len(plan.teachers) > 1:
@@ -260,10 +274,16 @@ def _plan_stored(recipe: Recipe, plan: Plan, books: Books) -> None:
         plan.embeddings = learnt_embeddings(recipe, books.store, binding.teacher_id)
 
 
-def _plan_score(plan: Plan, books: Books, *, upstream: bool) -> bool:
+def _plan_score(plan: Plan, books: Books, unwritten: tuple[int, int], *, upstream: bool) -> bool:
     """Plan a line for each teacher, and say whether all are done.
 
     It leaves the view `scored` behind; of named teachers the views that `keep_scored` keeps.
+
+    Args:
+        plan: Its teachers.
+        books: After `choose_generations`.
+        unwritten: How many texts are still to be written, and how many of them are judged on.
+        upstream: Whether the stages before it are done.
     """
     done = upstream
     for number, one in enumerate(plan.teachers):
@@ -281,6 +301,7 @@ def _plan_score(plan: Plan, books: Books, *, upstream: bool) -> bool:
         if upstream and one.asked is not None and not ledger.planned:
             plan.note(f"{one.name} is asked for no text: its `where` takes none of the prompts")
         line = _line(one.line, ledger, upstream=upstream)
+        _add_unwritten(line, one, *unwritten)
         plan_embeddings(line, one.recipe, one.bound, books.store)
         plan.stages.append(line)
         done = done and line.state == "done"

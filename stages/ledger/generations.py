@@ -77,6 +77,14 @@ def generation_ledger(
     return ledger
 
 
+def pending_held_out(books: Books) -> int:
+    """How many of the completions that `generation_ledger` finds to do are judged on."""
+    ((count,),) = books.index.rows(
+        "SELECT count(*) FROM asked WHERE held_out AND place IS NULL AND reason IS NULL"
+    )
+    return int(count)
+
+
 def _cut_alike(books: Books, sampling: str) -> pa.Table:
     """`place` of an endpoint's answers that were cut by the limit that the recipe has."""
     cut: dict[str, list[tuple[int, int]]] = {}

@@ -33,13 +33,13 @@ from ..printing.numbers import teacher_layers
 from .endpoint import endpoint_notes, plan_endpoint, refuse_reading, refuse_without_key
 from .engines import engine_notes
 from .features import feature_note, image_note, learnt_embeddings, plan_embeddings, teacher_widths
-from .lengths import unread_by_student, window_notes
+from .lengths import answer_notes, unread_by_student, window_notes
 from .lineage import found_students
 from .lines import Plan, StagePlan, State, equal_texts
-from .refusals import refuse_another, refuse_early, student_folder
+from .refusals import refuse_all_aside, refuse_another, refuse_early, student_folder
 from .resolve import Bound, bind
 from .students import plan_students
-from .teachers import BoundTeacher, bind_teachers, quantized_notes, teacher_notes
+from .teachers import BoundTeacher, bind_teachers, entry_notes, quantized_notes, teacher_notes
 from .windows import unseen_by_student
 
 
@@ -62,6 +62,7 @@ def make_plan(recipe: Recipe, *, write: bool = False) -> Plan:
     plan = Plan(bound=bound, teachers=teachers, write=write, warning=_warning(teachers))
     plan.note(*filter(None, [plan.warning]), *found_students(recipe), *_notes(recipe, bound))
     plan.note(*teacher_notes(recipe), *quantized_notes(teachers))
+    plan.note(*entry_notes(recipe, bound.binding.vocab_size), *answer_notes(recipe, bound))
     plan.note(*endpoint_notes(recipe, bound.binding.author_id, store))
     if recipe.student is not None and recipe.student.from_teacher_layers:
         start = teacher_layers(recipe.student.from_teacher_layers)
@@ -205,6 +206,8 @@ def _survey(recipe: Recipe, plan: Plan, store: Store | None) -> pa.Table | None:
 
 def _plan_empty(recipe: Recipe, plan: Plan, inputs: pa.Table) -> None:
     """Everything is to do."""
+    to_train_on = pc.and_(inputs["first"], pc.not_equal(inputs["split"].cast(pa.string()), "test"))
+    refuse_all_aside(recipe, pc.sum(to_train_on).as_py() or 0)
     if recipe.generate is not None:
         count = pc.sum(inputs["first"]).as_py() * recipe.generate.samples
         tokens = count * recipe.generate.max_tokens
@@ -226,8 +229,11 @@ def _plan_stored(recipe: Recipe, plan: Plan, books: Books) -> None:
     if books.published is not None:
         _plan_published(plan, books, books.published)
     data = plan.stages[0]
+    if books.published is None:
+        of = "SELECT count(*), count(*) FILTER (first AND NOT held_out) FROM inputs"
+        ((inputs, to_train_on),) = books.index.rows(of)
+        refuse_all_aside(recipe, to_train_on)
     if books.published is None and data.state == "done":
-        ((inputs,),) = books.index.rows("SELECT count(*) FROM inputs")
         data.pending = books.lost(binding.author_id if recipe.generate is None else None)
         data.committed, data.planned = inputs - data.pending, inputs + data.rejected
         data.state = "to do" if data.pending else "done"

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 from ...stages.audit.stored_rows import TargetShard, choose_rows, target_shards
 from ...stages.ledger.books import different
 from ...stages.models.fit.quantized import WHILE_LOADING, refuse_unquantized
-from ...stages.models.identity import FileHashes, Identity, find_model, identify
+from ...stages.models.identity import Identity, find_model, identify
 from ...stages.recipe.kinds import HF
 from ...stages.workers.job import Progress
 from ...storage.errors import UsageError
+from ...storage.store.hashes import FileHashes
 from ...storage.store.store import Store
 from ..plan.resolve import find_adapter
 

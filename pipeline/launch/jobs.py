@@ -14,6 +14,7 @@ from ...stages.recipe.load import load_recipe
 from ...stages.recipe.sections import Recipe
 from ...stages.recipe.stages import stage_named
 from ...storage.errors import UsageError
+from ...storage.store.hashes import FileHashes
 from ...storage.store.store import Store
 from ..plan.lines import Plan
 from ..plan.plan import make_plan, refuse_impossible
@@ -73,11 +74,12 @@ def opened(
     recipe = load_recipe(path, list(overrides))
     refuse_code(recipe, allowed=allow_code)
     refuse(recipe)
-    if write:
-        Store.open(recipe.storage.dir, create=True)
     plan = make_plan(recipe, write=write)
     for line in plan.stages:
         refuse_impossible(plan, line)
+    if write:
+        Store.open(recipe.storage.dir, create=True)
+        FileHashes(recipe.storage.dir, remember=True).keep()
     return Launch(path=path, recipe=recipe, plan=plan, overrides=overrides, allow_code=allow_code)
 
 

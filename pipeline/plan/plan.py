@@ -19,7 +19,6 @@ from ...stages.ledger.splits import choose_features, choose_samples, choose_snap
 from ...stages.ledger.targets import choose_generations, target_ledger
 from ...stages.ledger.teachers import keep_scored, left_out
 from ...stages.models.chat.arguments import doubtful_arguments, template_names
-from ...stages.models.identity import FileHashes
 from ...stages.recipe.checks.task import refuse_without_labels
 from ...stages.recipe.sections import Recipe
 from ...stages.recipe.stages import stage_named
@@ -28,6 +27,7 @@ from ...storage.errors import UsageError
 from ...storage.files.opening import open_files
 from ...storage.joined import Joined, open_store
 from ...storage.published.folder import Published
+from ...storage.store.hashes import FileHashes
 from ...storage.store.store import Store
 from ..printing.numbers import teacher_layers
 from .endpoint import endpoint_notes, plan_endpoint, refuse_reading, refuse_without_key

@@ -15,11 +15,11 @@ from typing import Any
 from ...stages.engines.opening import refuse_engine
 from ...stages.models.fit.classes import names_in
 from ...stages.models.fit.processor import compare_processors
-from ...stages.models.identity import FileHashes
 from ...stages.models.inputs.same_tokenizer import compare_tokenizers
 from ...stages.recipe.sections import OneTeacher, Recipe
 from ...stages.recipe.tasks import TASKS
 from ...storage.errors import UsageError
+from ...storage.store.hashes import FileHashes
 from ...storage.store.store import Store
 from .resolve import Bound, teacher_identity, written_binding
 

@@ -16,12 +16,13 @@ import pyarrow.compute as pc
 from ...storage.credentials import as_written
 from ...storage.errors import RowError, StillroomError, UsageError
 from ...storage.keys import content_id, content_key
+from ...storage.store.hashes import FileHashes
 from ...storage.store.store import Store
 from ...storage.store.writer import CommitLimits
 from ...storage.tables.schema import TableName
 from ..ledger.routes import reads_source
 from ..models.fit.classes import names_in
-from ..models.identity import FileHashes, Identity
+from ..models.identity import Identity
 from ..recipe.checks.task import refuse_without_labels
 from ..recipe.sections import Data, Recipe
 from ..workers.job import Job, StageResult

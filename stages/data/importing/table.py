@@ -20,6 +20,7 @@ from ....storage.errors import UsageError
 from ....storage.files.opening import open_files
 from ....storage.keys import content_id, content_key
 from ....storage.store.bindings import Binding, write_binding
+from ....storage.store.hashes import FileHashes
 from ....storage.store.store import Store
 from ....storage.store.writer import ShardWriter
 from ....storage.tables.row_builders import given_row, target_row
@@ -28,7 +29,7 @@ from ...audit.misplaced_targets import shifted
 from ...ledger.requests import target_key, tokens_key
 from ...models.fit.config import config_facts
 from ...models.fit.files import read_json
-from ...models.identity import FileHashes, Identity, find_model, identify, identify_unseen
+from ...models.identity import Identity, find_model, identify, identify_unseen
 from ...models.inputs.rendering import Renderer
 from ...recipe.sections import Storage
 from ...recipe.tasks import MODELS, TASKS

@@ -3,7 +3,7 @@
 The second of them has many workers.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -65,7 +65,7 @@ def opened(
         path: The recipe.
         overrides: `section.key=value`.
         allow_code: Whether `student.factory` may run.
-        refuse: Raises where the launcher cannot do it; asked before anything is written.
+        refuse: Raises where the launcher cannot do it; asked before the plan is made.
         write: Whether models may be downloaded and hashes remembered, as `run` does first.
 
     Raises:
@@ -77,10 +77,13 @@ def opened(
     plan = make_plan(recipe, write=write)
     for line in plan.stages:
         refuse_impossible(plan, line)
-    if write:
-        Store.open(recipe.storage.dir, create=True)
-        FileHashes(recipe.storage.dir, remember=True).keep()
     return Launch(path=path, recipe=recipe, plan=plan, overrides=overrides, allow_code=allow_code)
+
+
+def begin(recipe: Recipe) -> None:
+    """Make its store, which remembers what the plan hashed; when nothing more can be refused."""
+    Store.open(recipe.storage.dir, create=True)
+    FileHashes(recipe.storage.dir, remember=True).keep()
 
 
 def jobs(launch: Launch, *, training: tuple[str, ...]) -> list[Job]:
@@ -118,6 +121,26 @@ def jobs(launch: Launch, *, training: tuple[str, ...]) -> list[Job]:
     )
     done = {line.name for line in launch.plan.stages if line.state == "done"}
     return [job for job in found if not done.issuperset(job.stages)]
+
+
+def unused(found: Sequence[Job], given: Mapping[str, object]) -> list[str]:
+    """Options that were given and are of a job that is left out, each with why.
+
+    Args:
+        found: The jobs.
+        given: What the command line says, by its options.
+    """
+    names = {job.name for job in found}
+    of = {
+        "--workers": ("workers", "there is nothing left that workers could share"),
+        "--ranks": ("train", "there is nothing left to train"),
+        "--nodes": ("train", "there is nothing left to train"),
+    }
+    return [
+        f"{option}: not used, for {why}"
+        for option, (job, why) in of.items()
+        if given.get(option) and job not in names
+    ]
 
 
 def workers_asked(recipe: Recipe, workers: int | None) -> int | None:

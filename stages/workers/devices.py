@@ -7,7 +7,7 @@ already, what it names is shared out and nothing else.
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Literal
@@ -102,4 +102,19 @@ def _threads(workers: int) -> dict[str, str]:
     """
     if workers == 1 or THREADS in os.environ:
         return {}
-    return {THREADS: str(max(1, len(os.sched_getaffinity(0)) // workers))}
+    return {THREADS: str(max(1, cores() // workers))}
+
+
+def cores() -> int:
+    """Of this machine, that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def threads_of(environments: Sequence[Mapping[str, str]]) -> int:
+    """How many threads processes compute with that are told these; 0: nobody knows.
+
+    OpenMP takes the first of a list, and each process all cores where it is told nothing.
+    """
+    found = [own.get(THREADS, os.environ.get(THREADS, str(cores()))) for own in environments]
+    first = [said.partition(",")[0].strip() for said in found]
+    return sum(map(int, first)) if all(map(str.isdecimal, first)) else 0

@@ -5,20 +5,27 @@ Plan, status, run and report say the same.
 
 import math
 import random
+import re
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import pytest
 import reports
-from kit import last_json, prompts, stillroom, told, write_jsonl, write_recipe
+import yaml
+from hypothesis import given, reject, settings
+from hypothesis import strategies as st
+from kit import last_json, prompts, recipe_tree, stillroom, told, write_jsonl, write_recipe
 from tiny_llama import save_tiny_llama
 
 from stillroom.pipeline.advice.advise import advise, of_report
 from stillroom.pipeline.advice.table import RULES, Advice
 from stillroom.pipeline.report.report import load_report, page
+from stillroom.stages.recipe.load import load_recipe, recorded
+from stillroom.storage.errors import UsageError
 from stillroom.storage.store.store import Store
 
 Run = dict[str, Any]
@@ -64,7 +71,7 @@ def good() -> Run:
     return {
         "recipe": recipe,
         "stages": {
-            "data": {"rows": 500, "rejected": 5, "pending": 0, "why": ""},
+            "data": {"rows": 5_000, "rejected": 50, "pending": 0, "why": ""},
             "score": {
                 "rows": 990,
                 "rejected": 9,
@@ -158,6 +165,83 @@ def test_each_fires_on_a_planted_case(
 
 def test_every_line_of_the_table_has_a_planted_case() -> None:
     assert {name for name, _, _ in PLANTED} == set(RULES)
+
+
+ENTRIES = st.sampled_from([{"targets": "topk"}, {"targets": "topp", "p": 0.7, "k_min": 2}])
+LOSSES = st.sampled_from(
+    [
+        {},
+        {"divergence": "reverse_kl"},
+        {"tail": "drop"},
+        {"tail": "renormalize"},
+        {"tail": "to_label"},
+    ]
+)
+KEEPS = st.sampled_from([None, {"k": 20}, {"k": 200}])
+ENGINES = st.sampled_from(
+    [{"engine": "hf"}, {"engine": "openai", "base_url": "http://localhost:1/v1", "model": "m"}]
+)
+LENGTHS = st.sampled_from([{"epochs": 1.5}, {"tokens": 7_000}])
+HELD_OUT = st.sampled_from([{}, {"source": "mine.jsonl"}, {"source": "mine.jsonl", "limit": 40}])
+
+
+@st.composite
+def recipes(draw: st.DrawFn) -> dict[str, Any]:
+    """Recipes that load, of the kinds that advice looks at."""
+    keep, evaluate = draw(KEEPS), draw(HELD_OUT)
+    data = {"source": "p.jsonl", "format": "prompt"}
+    data |= {} if evaluate else {"holdout": draw(st.sampled_from([40, 300]))}
+    score = {**draw(ENTRIES), "k": draw(st.sampled_from([2, 20, 64]))}
+    if draw(st.integers(0, 4)) == 0:
+        keep, score = None, {"targets": "sampled", "rounds": 13}
+    tree = recipe_tree(Path("x"), Path("t"), Path("p"), data=data, score=score)
+    tree["generate"] = {**draw(ENGINES), "max_tokens": 9} | ({"keep": keep} if keep else {})
+    tree |= {"loss": draw(LOSSES), "evaluate": evaluate}
+    tree["train"] = draw(LENGTHS) | {"learning_rate": draw(st.floats(1e-6, 1.0))}
+    return tree
+
+
+SETTING = re.compile(r"((?:score|loss|train|data|evaluate|generate)(?:\.\w+)+): ([^\s,:]+)")
+GONE = re.compile(r"without ((?:[a-z_]+\.\w+(?: and )?)+)")
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    tree=recipes(), enough=st.sampled_from([None, 80, 393]), prompts=st.sampled_from([450, 10**6])
+)
+def test_what_each_advice_asks_for_is_a_recipe_that_loads(
+    tree: dict[str, Any], enough: int | None, prompts: int
+) -> None:
+    """Each way that it names, as the command line takes it."""
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "recipe.yaml"
+        path.write_text(yaml.safe_dump(tree))
+        try:
+            recipe = load_recipe(path)
+        except UsageError:
+            reject()
+        named = 0
+        for name, plant, _ in PLANTED:
+            run = good() | {"recipe": recorded(recipe)}
+            plant(run)
+            run["stages"]["data"]["rows"] = prompts
+            if name == "kept_mass":
+                run["stages"]["score"]["held"]["enough"] = enough
+            for one in advised(run):
+                for way in one.do.split(", or "):
+                    changed = deepcopy(tree)
+                    for gone in (
+                        dotted for many in GONE.findall(way) for dotted in many.split(" and ")
+                    ):
+                        section, _, field = gone.partition(".")
+                        changed[section].pop(field, None)
+                    if "rows of your own in evaluate.source" in way:
+                        changed["evaluate"]["source"] = "mine.jsonl"
+                    path.write_text(yaml.safe_dump(changed))
+                    asked = [f"{setting}={value}" for setting, value in SETTING.findall(way)]
+                    load_recipe(path, asked)
+                    named += len(asked)
+        assert named > 5
 
 
 def known_by_heart(run: Run) -> None:

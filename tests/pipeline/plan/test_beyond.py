@@ -1,5 +1,6 @@
 """Numbers that are larger than what they count: exact and said by `plan`, or refused by it."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -88,3 +89,24 @@ def test_an_endpoint_is_asked_for_no_more_entries_than_there_are_ids(recipe: Pat
 def test_an_answer_of_an_endpoint_that_nobody_reads_is_said_to_be_paid_for(recipe: Path) -> None:
     asked = settings([f"generate={{{ENDPOINT}}}", "generate.max_tokens=128"])
     assert any("is paid for and rejected" in note for note in told("plan", recipe, *asked)["notes"])
+
+
+def test_more_threads_than_cores_are_said(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They do the work, and wait for one another: that is no error."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
+    for own, count, said in (
+        (None, 4, None),
+        (None, 9, "with 9 threads on 4 cores: they wait for one another. Set compute.{} to 4 or"),
+        ("1", 4, None),
+        ("4", 2, "with 8 threads on 4 cores: they wait for one another. Set compute.{} to 4 or"),
+        ("no number", 9, None),
+    ):
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        if own is not None:
+            monkeypatch.setenv("OMP_NUM_THREADS", own)
+        for name, stage in (("processes", "train"), ("workers", "generate")):
+            notes = told("plan", recipe, *settings([f"compute.{name}={count}"]))["notes"]
+            (note,) = [note for note in notes if note.startswith(f"{stage}: {count} ")]
+            assert ("threads" in note) == (said is not None), note
+            assert said is None or said.format(name) in note
+            assert ("OMP_NUM_THREADS (now 4) to 2" in note) == (own == "4")

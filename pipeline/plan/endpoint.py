@@ -13,6 +13,7 @@ from ...storage.credentials import as_written
 from ...storage.errors import UsageError
 from ...storage.store.served import served_by
 from ...storage.store.store import Store
+from ...storage.words import counted
 from .lines import Plan, StagePlan
 
 USUAL_ENTRIES = 20
@@ -106,7 +107,8 @@ def price(plan: Plan) -> str:
     line = plan.stage("generate")
     if line is None or not line.pending or line.usd_to_do is None:
         return ""
-    rows, cost = f"generate: {line.pending} rows to do cost", f"${line.usd_to_do:.4g}"
+    todo = counted(line.pending, "row to do costs", "rows to do cost")
+    rows, cost = f"generate: {todo}", f"${line.usd_to_do:.4g}"
     if line.prompts_priced:
         return f"{rows} about {cost} at the recipe's prices"
     return (

@@ -38,6 +38,7 @@ from ...storage.store.bindings import Binding, all_bindings, newest_binding, wri
 from ...storage.store.hashes import FileHashes
 from ...storage.store.store import Store, is_store
 from ...storage.tables.heads import head_of
+from ...storage.words import counted
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -123,8 +124,8 @@ def _bind_there(recipe: Recipe, store: Store | None) -> Bound:
     found = list(set(all_bindings(part.files).values())) if part else []
     if len(found) != 1:
         raise UsageError(
-            f"data.source: {name} is a store with {len(found)} pairs of a teacher and its data, "
-            "expected one. Use the names that the recipe had which filled it."
+            f"data.source: {name} is a store with {counted(len(found), 'pair')} of a teacher and "
+            "its data, expected one. Use the names that the recipe had which filled it."
         )
     return Bound(binding=found[0], teacher=None, author=None, missing=why)
 

@@ -27,6 +27,7 @@ from ...stages.workers.job import StopFlag
 from ...stages.workers.ranks import ADDRESS, COUNT, LOCAL, PORT, RANK, Ranks
 from ...storage.errors import StillroomError, UsageError
 from ...storage.store.stopping import stop_signals, stopped_by
+from ...storage.words import counted
 from ..plan.lines import Plan
 from .jobs import stage_message
 from .progress import ToldProgress
@@ -271,7 +272,7 @@ def _refuse_unfinished(plan: Plan) -> Iterator[str]:
     first = [line for line in plan.stages if stage_named(line.name).table is not None]
     if left := [line for line in first if line.state != "done"]:
         said = ", ".join(
-            f"{line.name} has {line.pending} of {line.planned} rows to do"
+            f"{line.name} has {line.pending:,} of {counted(line.planned, 'row')} to do"
             if line.state == "to do"
             else f"{line.name} waits for them"
             for line in left

@@ -33,6 +33,7 @@ from ...storage.files.local import LocalFiles
 from ...storage.snapshots.snapshot import save_snapshot
 from ...storage.store.hashes import FileHashes
 from ...storage.store.store import Store
+from ...storage.words import all_were, counted, some_are
 from ..plan.lineage import kept_files
 from ..plan.lines import Plan, StagePlan
 from ..plan.plan import make_plan, plan_again, refuse_impossible
@@ -288,12 +289,12 @@ def _finish(line: StagePlan, answer: dict[str, Any], *, seconds: float) -> dict[
     partial = answer["left"] > 0
     if line.state == "to do" and not partial:
         raise StillroomError(
-            f"{line.name}: ended with {line.pending} rows still to do. Run the same command to go "
-            "on."
+            f"{line.name}: ended with {counted(line.pending, 'row')} still to do. Run the same "
+            "command to go on."
         )
     if stage_named(line.name).loads and line.committed == 0 and not partial:
         raise StillroomError(
-            f"{line.name}: all {line.planned} rows were rejected ({line.why}). See `rejects` in "
+            f"{line.name}: {all_were(line.planned, 'row')} rejected ({line.why}). See `rejects` in "
             "the store."
         )
     return {
@@ -307,7 +308,8 @@ def _finish(line: StagePlan, answer: dict[str, Any], *, seconds: float) -> dict[
 
 def _left(line: StagePlan) -> str:
     """What to say of a stage whose budget was spent before its rows were."""
-    said = f"{line.name}: stopped by its budget, {line.pending} of {line.planned} rows are left"
+    left = some_are(line.pending, line.planned, "row")
+    said = f"{line.name}: stopped by its budget, {left} left"
     if line.state == "done":
         return f"{said}; the run goes on with the others (generate.accept_partial)"
     return (

@@ -335,6 +335,41 @@ def test_the_report_says_it_near_the_top_and_for_programs(tmp_path: Path) -> Non
     assert of_report(report | {"settings": {}}) == []
 
 
+def test_a_comparison_says_each_once_and_of_which_runs(tmp_path: Path) -> None:
+    """Of seeds with the numbers of the first; what other recipes hear alike is not said again."""
+
+    def made(name: str, seed: int, angle: float, k: int = 64, holdout: int = 200) -> Path:
+        evaluation, recipe = good()["evaluation"], good()["recipe"]
+        with_angle(angle)({"evaluation": evaluation})
+        recipe["run"] |= {"seed": seed, "dir": name}
+        recipe["score"]["k"], recipe["data"]["holdout"] = k, holdout
+        return reports.finished(tmp_path / name, evaluation, reports.facts(), recipe)
+
+    seeds = [made("a0", 0, 107.0), made("a1", 1, 103.0), made("a2", 2, 12.0)]
+    others = [made("b", 0, 107.0, k=8), made("c", 0, 12.0, k=16), made("d", 0, 107.0, holdout=90)]
+    page_file = tmp_path / "page.html"
+    done = stillroom("report", *seeds, *others, "--out", page_file, "--json")
+    found = last_json(done)["advice"]
+    assert [one["name"] for one in found] == ["gradient_angle", "gradient_angle"]
+    first, second = (one["runs"] for one in found)
+    assert first == [str(seeds[0]), str(seeds[1]), str(others[2])]
+    assert second == [str(others[0])]
+    assert "without score.k" in found[1]["do"]
+    section = done.stdout.split("## Advice")[1].split("##")[0]
+    assert section.count("107 degrees") == 2
+    assert f"The numbers are those of `{seeds[0]}`." in section
+    assert "103 degrees" not in section
+    assert page_file.read_text().count("107 degrees") == 2
+
+    both = [made("e0", 0, 107.0, k=8), made("e1", 1, 107.0, k=8)]
+    alike = stillroom("report", *both, "--out", page_file).stdout
+    assert f"`{both[0]}` (2 seeds): **student: the gradient" in alike
+    assert "The numbers are those of" not in alike
+    silent = stillroom("report", seeds[2], others[1], "--out", page_file, "--json")
+    assert last_json(silent)["advice"] == []
+    assert "## Advice" not in silent.stdout
+
+
 def test_the_whole_way_every_command_names_the_mass_and_the_k(tmp_path: Path) -> None:
     """The whole way with an unsure teacher of 32 ids and one entry stored.
 

@@ -154,17 +154,24 @@ def gpus_each(recipe: Recipe, gpus: int | None) -> int:
     """GPUs of one worker: as the command says, else what the engines' arguments need.
 
     Raises:
-        UsageError: the recipe leaves it to the machine.
+        UsageError: the recipe leaves it to the machine, or its engines need more than the command
+            gives.
     """
+    engines = [recipe.generate, recipe.score]
+    needed = max(gpus_of(getattr(engine, "engine_args", {})) for engine in engines)
     if gpus is not None:
+        if 0 < gpus < needed:
+            raise UsageError(
+                f"--gpus: {gpus}, but by engine_args an engine of a worker needs {needed}. Give "
+                f"--gpus {needed}, or leave it out."
+            )
         return gpus
     if recipe.teacher.device_map is not None:
         raise UsageError(
             "launch: teacher.device_map spreads the teacher over all GPUs that a worker sees, and "
             "nothing says how many those are to be. Give --gpus N."
         )
-    engines = [recipe.generate, recipe.score]
-    return max(gpus_of(getattr(engine, "engine_args", {})) for engine in engines)
+    return needed
 
 
 def ranks_asked(recipe: Recipe, ranks: int | None) -> int | None:

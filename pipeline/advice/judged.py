@@ -67,12 +67,12 @@ def _nearer(recipe: Mapping[str, Any]) -> str:
     score = recipe["score"]
     if score["targets"] == "sampled":
         rounds = {"score.rounds": 4 * score["rounds"]}
-        return Remedy(changes=rounds, why=": the noise of draws halves").words()
+        return Remedy(changes=rounds, why="; the noise of draws halves").words()
     found = []
     if recipe["loss"]["tail"] in ("drop", "renormalize"):
-        outside = ": what lies outside the entries is then counted"
+        outside = "; what lies outside the entries is then counted"
         found.append(Remedy(changes={"loss.tail": "bucket"}, why=outside))
-    whole = ": nothing is cut off, so its mean is the whole distribution"
+    whole = "; nothing is cut off, so its mean is the whole distribution"
     found += [draws(recipe, why=whole), *more_entries(recipe, {"score.k": 4 * score["k"]})]
     fit = accepted(recipe, found)
     return fit[0].words() if fit else "score.k as high as it can be had"

@@ -23,7 +23,7 @@ class Remedy:
     without: tuple[str, ...] = ()
     """Settings that are to be removed, for they belong to what is changed."""
     why: str = ""
-    """What comes of it, after a comma or colon of its own."""
+    """What comes of it, after a comma or semicolon of its own."""
 
     def words(self) -> str:
         """It as a recipe spells it."""

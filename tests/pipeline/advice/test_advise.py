@@ -201,11 +201,11 @@ def recipes(draw: st.DrawFn) -> dict[str, Any]:
     return tree
 
 
-SETTING = re.compile(r"((?:score|loss|train|data|evaluate|generate)(?:\.\w+)+): ([^\s,:]+)")
+SETTING = re.compile(r"((?:score|loss|train|data|evaluate|generate)(?:\.\w+)+): ([^\s,;]+)")
 GONE = re.compile(r"without ((?:[a-z_]+\.\w+(?: and )?)+)")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     tree=recipes(), enough=st.sampled_from([None, 80, 393]), prompts=st.sampled_from([450, 10**6])
 )

@@ -1,6 +1,7 @@
 """All advice on a run, of whatever is known of it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from .judged import judged
@@ -25,7 +26,10 @@ def advise(
         evaluation: `evaluation.json`; None: not judged yet.
     """
     found = [*stored(recipe, stages), *trained(recipe, records)]
-    return found if evaluation is None else [*found, *judged(recipe, evaluation)]
+    if evaluation is None:
+        return found
+    prompts = (stages.get("data") or {}).get("rows")
+    return [*found, *judged(recipe, evaluation, prompts=prompts)]
 
 
 def of_report(report: Mapping[str, Any]) -> list[Advice]:
@@ -35,3 +39,44 @@ def of_report(report: Mapping[str, Any]) -> list[Advice]:
         return []
     stages = report["facts"].get("stages") or {}
     return advise(recipe, stages=stages, records=report["train"], evaluation=report["evaluation"])
+
+
+@dataclass(kw_only=True, slots=True)
+class Shared:
+    """An advice, and the runs that have it."""
+
+    advice: Advice
+    """Of the first of them, with its numbers."""
+    runs: list[str]
+    alike: bool = True
+    """Whether the others have the same numbers."""
+
+    def json(self) -> dict[str, Any]:
+        """It for programs."""
+        return {"runs": self.runs, **self.advice.json()}
+
+
+def of_reports(groups: Iterable[Mapping[str, Mapping[str, Any]]]) -> list[Shared]:
+    """On several runs: each advice once, with the runs that have it.
+
+    Args:
+        groups: Reports by run folder. Those of a group differ in their seed alone: an advice of
+            one is that of another whose numbers are a little different.
+    """
+    found: list[Shared] = []
+    for group in groups:
+        for run, report in group.items():
+            for one in of_report(report):
+                same = next((s for s in found if _is_same(s, one, group)), None)
+                if same is None:
+                    found.append(Shared(advice=one, runs=[run]))
+                else:
+                    same.runs.append(run)
+                    same.alike = same.alike and same.advice == one
+    return found
+
+
+def _is_same(known: Shared, one: Advice, group: Mapping[str, Any]) -> bool:
+    if known.runs[0] not in group:
+        return known.advice == one
+    return (known.advice.name, known.advice.about) == (one.name, one.about)

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ..printing.numbers import count, decimals, nats, percent
+from .remedy import Remedy, accepted, draws, more_entries
 from .table import CLEAR, MOST_DEGREES, RESOLVED, Advice, advice
 from .trained import changed_rate
 
@@ -15,12 +16,15 @@ _WORDS = {"baseline": "the baseline", "student_before": "the student before trai
 _MEASURES = {"kl_teacher": "KL to the teacher", "cross_entropy": "cross-entropy"}
 
 
-def judged(recipe: Mapping[str, Any], evaluation: Mapping[str, Any]) -> Iterator[Advice]:
+def judged(
+    recipe: Mapping[str, Any], evaluation: Mapping[str, Any], *, prompts: int | None = None
+) -> Iterator[Advice]:
     """What an `evaluation.json` says.
 
     Args:
         recipe: As records keep it.
         evaluation: What `evaluation.json` holds.
+        prompts: How many the data have; None: nobody knows.
     """
     turned = list(_angles(recipe, evaluation))
     yield from turned
@@ -37,7 +41,7 @@ def judged(recipe: Mapping[str, Any], evaluation: Mapping[str, Any]) -> Iterator
         remedy = _nearer(recipe) if turned else _slower(recipe)
         yield _worse(evaluation, other, measure, remedy)
     elif other == "baseline":
-        yield from _too_few(recipe, evaluation, measure)
+        yield from _too_few(recipe, evaluation, measure, prompts)
 
 
 def _angles(recipe: Mapping[str, Any], evaluation: Mapping[str, Any]) -> Iterator[Advice]:
@@ -57,16 +61,21 @@ def _angles(recipe: Mapping[str, Any], evaluation: Mapping[str, Any]) -> Iterato
 def _nearer(recipe: Mapping[str, Any]) -> str:
     """What brings the gradient nearer.
 
-    It is more draws, the tail, draws in place of entries, or more entries.
+    It is more draws, the tail, draws in place of entries, or more entries: the first that the
+    recipe takes.
     """
-    score, loss = recipe["score"], recipe["loss"]
+    score = recipe["score"]
     if score["targets"] == "sampled":
-        return f"score.rounds: {4 * score['rounds']}: the noise of draws halves"
-    if loss["tail"] in ("drop", "renormalize"):
-        return "loss.tail: bucket: what lies outside the entries is then counted"
-    if loss["divergence"] == "forward_kl":
-        return "score.targets: sampled: nothing is cut off, so its mean is the whole distribution"
-    return f"score.k: {4 * score['k']}"
+        rounds = {"score.rounds": 4 * score["rounds"]}
+        return Remedy(changes=rounds, why="; the noise of draws halves").words()
+    found = []
+    if recipe["loss"]["tail"] in ("drop", "renormalize"):
+        outside = "; what lies outside the entries is then counted"
+        found.append(Remedy(changes={"loss.tail": "bucket"}, why=outside))
+    whole = "; nothing is cut off, so its mean is the whole distribution"
+    found += [draws(recipe, why=whole), *more_entries(recipe, {"score.k": 4 * score["k"]})]
+    fit = accepted(recipe, found)
+    return fit[0].words() if fit else "score.k as high as it can be had"
 
 
 def _slower(recipe: Mapping[str, Any]) -> str:
@@ -94,7 +103,7 @@ def _worse(evaluation: Mapping[str, Any], other: str, measure: str, remedy: str)
 
 
 def _too_few(
-    recipe: Mapping[str, Any], evaluation: Mapping[str, Any], measure: str
+    recipe: Mapping[str, Any], evaluation: Mapping[str, Any], measure: str, prompts: int | None
 ) -> Iterator[Advice]:
     """A difference that cannot be told, and could not were it as large as one that matters."""
     difference, base = evaluation["differences"]["baseline"], evaluation["results"]["baseline"]
@@ -107,7 +116,21 @@ def _too_few(
     numbers = {"tokens": count(tokens), "measure": _MEASURES[measure], "other": _WORDS["baseline"]}
     numbers |= {"visible": nats(CLEAR * error), "gap": nats(gap)}
     numbers |= {"share": percent(CLEAR * error / scale, 0), "times": f"{times} times"}
-    own = recipe["evaluate"].get("source") or recipe["evaluate"].get("split")
-    holdout = "" if own else f"data.holdout: {times * recipe['data']['holdout']} and "
-    remedy = f"{holdout}evaluate.tokens: {times * tokens}"
-    yield advice("too_few_tokens", "student", **numbers, remedy=remedy)
+    yield advice(
+        "too_few_tokens", "student", **numbers, remedy=_longer(recipe, tokens, times, prompts)
+    )
+
+
+def _longer(recipe: Mapping[str, Any], tokens: int, times: int, prompts: int | None) -> str:
+    """So many times the held-out tokens; where there are no more, from elsewhere."""
+    changes = {"evaluate.tokens": times * tokens}
+    evaluate, holdout = recipe["evaluate"], times * recipe["data"]["holdout"]
+    if evaluate.get("source") or evaluate.get("split"):
+        if limit := evaluate.get("limit"):
+            changes = {"evaluate.limit": times * limit} | changes
+    elif prompts is not None and holdout >= prompts:
+        whole = f", and held-out rows of your own in evaluate.source: there are {count(prompts)}"
+        return f"{Remedy(changes=changes, without=('data.holdout',)).words()}{whole} prompts in all"
+    else:
+        changes = {"data.holdout": holdout} | changes
+    return Remedy(changes=changes).words()

@@ -10,6 +10,7 @@ from typing import Any
 from ...stages.recipe.kinds import KINDS
 from ...storage.tables.kinds import STRUCTURES
 from ..printing.numbers import count, percent
+from .remedy import Remedy, accepted, draws, more_entries
 from .table import ENOUGH_MASS, MOST_REJECTED, Advice, advice
 
 
@@ -22,23 +23,21 @@ def stored(recipe: Mapping[str, Any], stages: Mapping[str, Mapping[str, Any]]) -
             (`mass.held_mass`) or `kept` (the statistics of its shards), where they are known.
     """
     for name, stage in stages.items():
-        if (score := recipe.get("score")) and name.partition("/")[0] == "score":
-            yield from _mass(name, stage, score, str(recipe["loss"]["divergence"]))
+        if recipe.get("score") and name.partition("/")[0] == "score":
+            yield from _mass(name, stage, recipe)
         yield from _rejects(name, stage)
 
 
-def _mass(
-    name: str, stage: Mapping[str, Any], score: Mapping[str, Any], divergence: str
-) -> Iterator[Advice]:
+def _mass(name: str, stage: Mapping[str, Any], recipe: Mapping[str, Any]) -> Iterator[Advice]:
     """Entries that hold too little."""
-    held = stage.get("held") or _of_shards(stage, score)
+    held = stage.get("held") or _of_shards(stage, recipe["score"])
     if held is None or held["mass"] is None or held["mass"] >= ENOUGH_MASS:
         return
     hold = "entry holds" if held["entries"] == 1 else "entries hold"
     numbers = {"entries": f"{held['entries']:g} {hold}", "mass": percent(held["mass"], 0)}
     seen = held.get("positions")
     numbers["measured_on"] = f", on {count(seen)} held-out tokens" if seen else ""
-    remedy = _more(score, held.get("enough"), drawn=divergence == "forward_kl")
+    remedy = _more(recipe, held.get("enough"))
     yield advice("kept_mass", name, **numbers, remedy=remedy)
 
 
@@ -55,20 +54,25 @@ def _of_shards(stage: Mapping[str, Any], score: Mapping[str, Any]) -> dict[str, 
     return {"entries": kept["entries_per_token"], "mass": kept["kept_mass"]}
 
 
-def _more(score: Mapping[str, Any], enough: int | None, *, drawn: bool) -> str:
+def _more(recipe: Mapping[str, Any], enough: int | None) -> str:
     """What holds more: more entries, or draws where the divergence takes them.
 
     The mean of draws is the teacher itself.
     """
-    found = ["score.targets: sampled, which has the whole teacher as its mean"] if drawn else []
+    score = recipe["score"]
+    mean = ", which has the whole teacher as its mean"
+    found = accepted(recipe, [draws(recipe, why=mean)])
+    wider = "p" in KINDS[score["targets"]].settings and score["p"] < ENOUGH_MASS
+    mass = {"score.p": ENOUGH_MASS} if wider else {}
     if enough is not None and enough > score["k"]:
-        more = f"score.k: {_rounded_up(enough)}"
-        if STRUCTURES[score["targets"]].holds_mass and score["p"] < ENOUGH_MASS:
-            more += f" and score.p: {ENOUGH_MASS}"
-        found.append(f"{more}, which holds {percent(ENOUGH_MASS, 0)}")
-    elif "p" in KINDS[score["targets"]].settings and score["p"] < ENOUGH_MASS:
-        found.append(f"score.p: {ENOUGH_MASS}")
-    return ", or ".join(found) or f"score.k: {8 * score['k']}, and look again"
+        holds = f", which holds {percent(ENOUGH_MASS, 0)}"
+        more = {"score.k": _rounded_up(enough)} | mass
+        found += accepted(recipe, more_entries(recipe, more, why=holds))[:1]
+    elif mass:
+        found += accepted(recipe, [Remedy(changes=mass)])
+    again = more_entries(recipe, {"score.k": 8 * score["k"]}, why=", and look again")
+    found = found or accepted(recipe, again)[:1]
+    return ", or ".join(one.words() for one in found) or "score.k as high as it can be had"
 
 
 def _rounded_up(number: int) -> int:

@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 from ...stages.audit.stored_rows import TargetShard, choose_rows, target_shards
 from ...stages.ledger.books import different
 from ...stages.models.fit.quantized import WHILE_LOADING, refuse_unquantized
-from ...stages.models.identity import FileHashes, Identity, find_model, identify
+from ...stages.models.identity import Identity, find_model, identify
 from ...stages.recipe.kinds import HF
 from ...stages.workers.job import Progress
 from ...storage.errors import UsageError
+from ...storage.store.hashes import FileHashes
 from ...storage.store.store import Store
+from ...storage.words import counted, some_are
 from ..plan.resolve import find_adapter
 
 if TYPE_CHECKING:
@@ -94,7 +96,7 @@ def find_teacher(store: Store, asked: DeepRequest) -> Identity:
             return found
         tried.append(found)
     others = "\n".join(
-        f"  {teacher}: {rows[teacher]} rows, {_how_other(tried, known[teacher])}"
+        f"  {teacher}: {counted(rows[teacher], 'row')}, {_how_other(tried, known[teacher])}"
         for teacher in sorted(rows)
     )
     raise UsageError(
@@ -217,18 +219,20 @@ def _how_many(found: "Rescored") -> str:
     counts = Counter[str](row.fault for row in off).most_common()
     faults = ", ".join(f"{count} {fault}" for fault, count in counts)
     rows = found.rows + (features.rows if features else 0)
-    said = [f"{len(off)} of {rows} rows are not what the teacher says ({faults})"] if off else []
+    what = some_are(len(off), rows, "row")
+    said = [f"{what} not what the teacher says ({faults})"] if off else []
     matrices = features.matrices if features else []
     if wrong := sum(matrix.off > 0 for matrix in matrices):
-        said.append(f"{wrong} of {len(matrices)} matrices are not what they were made of")
+        what = some_are(wrong, len(matrices), "matrix", "matrices")
+        said.append(f"{what} not what they were made of")
     return ", ".join(said)
 
 
 def _read_lines(found: "Rescored") -> list[str]:
     """What was read and what was not."""
     kinds = ", ".join(f"{count} {kind}" for kind, count in found.kinds.items())
-    read = f"read again: {found.rows} rows ({kinds}), {found.tokens} scored tokens, by "
-    lines = [f"{read}{found.teacher.folder}"] if found.rows else []
+    read = f"{counted(found.rows, 'row')} ({kinds}), {counted(found.tokens, 'scored token')}"
+    lines = [f"read again: {read}, by {found.teacher.folder}"] if found.rows else []
     if others := {engine: rows for engine, rows in found.engines.items() if engine != HF}:
         made = " and ".join(f"{rows} by {engine}" for engine, rows in others.items())
         lines.append(f"engines compared: {made}, read again by {HF}")
@@ -238,16 +242,16 @@ def _read_lines(found: "Rescored") -> list[str]:
             "for the entropy, the tail and tokens outside the entries are bounds"
         )
     lines += [
-        f"not read: {count} rows of the teacher {other}"
+        f"not read: {counted(count, 'row')} of the teacher {other}"
         for other, count in sorted(found.other_teachers.items())
     ]
     if found.classes:
         lines.append(
-            f"not read: {found.classes} rows of a classification head, which deep verification "
-            "does not know"
+            f"not read: {counted(found.classes, 'row')} of a classification head, which deep "
+            "verification does not know"
         )
     if found.damaged:
-        lines.append(f"not read: {found.damaged} rows of shards that are damaged")
+        lines.append(f"not read: {counted(found.damaged, 'row')} of shards that are damaged")
     return lines
 
 
@@ -256,11 +260,13 @@ def _feature_lines(found: "FeaturesRead") -> list[str]:
     lines = []
     if found.rows:
         lines.append(
-            f"features: {found.rows} rows read again; those that are right are off by "
+            f"features: {counted(found.rows, 'row')} read again; those that are right are off by "
             f"{found.worst:.2g} at most, relative, rounding included"
         )
     if found.without_text:
-        lines.append(f"not read: {found.without_text} rows of features whose text is gone")
+        lines.append(
+            f"not read: {counted(found.without_text, 'row')} of features whose text is gone"
+        )
     for row in found.off[:SHOWN]:
         where = f"{row.shard}, row {row.row} ({row.key}, {row.kind} of layer {row.layer})"
         lines.append(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ...storage.errors import UsageError
+from ...storage.words import counted
 from ..printing.text import show_line
 from .app import AsJson, Quiet, print_json, words
 
@@ -209,14 +210,19 @@ def lines(request: "ImportRequest", done: "Imported") -> Iterator[str]:
     """What to say of an import."""
     import yaml
 
-    held = f"{done.holdout} prompts are held out" if done.holdout else "no prompt is held out"
+    held = (
+        counted(done.holdout, "prompt is held out", "prompts are held out")
+        if done.holdout
+        else "no prompt is held out"
+    )
     again = f", {done.known} were there already" if done.known else ""
-    made = f"{done.rows} rows of {done.tokens} scored tokens imported into {request.store}"
-    yield f"{made}{again}; {held}."
+    made = f"{counted(done.rows, 'row')} of {counted(done.tokens, 'scored token')}"
+    yield f"{made} imported into {request.store}{again}; {held}."
     if done.rejected:
         left_out = sum(done.rejected.values())
         reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(done.rejected.items()))
-        yield f"{left_out} rows left out: {reasons}. They are in `rejects`, each with its reason."
+        said = f"{counted(left_out, 'row')} left out: {reasons}"
+        yield f"{said}. They are in `rejects`, each with its reason."
     yield from done.notes
     if "unseen" in done.teacher.parts:
         yield (

@@ -66,7 +66,7 @@ def launch(
     Ray: on the cluster that RAY_ADDRESS names, or on this machine; it shows how far the run is
     until it ends. Slurm: writes the scripts to run.dir/launch and submits them.
     """
-    from ..launch.jobs import jobs, opened
+    from ..launch.jobs import jobs, opened, unused
     from ..launch.ray_cluster import refuse_ray
     from ..launch.slurm import Asked, refuse_slurm
 
@@ -97,7 +97,11 @@ def launch(
         recipe, overrides or [], allow_code=allow_code, refuse=refuse, write=not dry_run
     )
     found: dict[str, Any] = {"run_dir": opening.recipe.run.dir, "jobs": []}
-    if not jobs(opening, training=()):
+    todo = jobs(opening, training=())
+    options = {"--workers": workers, "--ranks": ranks, "--nodes": nodes}
+    for said in unused(todo, options) if todo else ():
+        print_for_people(said)
+    if not todo:
         print_for_people("nothing to do: every stage is done")
     elif on == "ray":
         found |= _on_ray(opening, asked, dry_run=dry_run, quiet=quiet)

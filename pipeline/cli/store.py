@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..printing.numbers import human
+from ...storage.words import counted
+from ..printing.numbers import size
 from ..printing.text import one_line
 from .app import AsJson, StorePath, print_for_people, print_json, words
 
@@ -83,7 +84,7 @@ def query(
         table.add_row(*(one_line(_cell(v)) for v in row.values()))
     print_for_people(table)
     if not complete:
-        print_for_people(f"(the first {rows} rows; there are more, see --rows)")
+        print_for_people(f"(the first {counted(rows, 'row')}; there are more, see --rows)")
     rows_of_json = [{name: _json_value(value) for name, value in row.items()} for row in shown]
     content = {"rows": rows_of_json, "complete": complete}
     print_json(content, as_json)
@@ -251,7 +252,8 @@ def verify_lines(report: "Report") -> list[str]:
     """What `verify` found, for people."""
     tables = [(name, t) for name, t in report.tables.items() if t.shards]
     lines = [
-        f"{name:<13} {t.rows} rows in {t.shards} shards, {human(t.bytes)}B" for name, t in tables
+        f"{name:<13} {counted(t.rows, 'row')} in {counted(t.shards, 'shard')}, {size(t.bytes)}"
+        for name, t in tables
     ]
     lines += [f"note: {note}" for note in report.notes]
     lines += [f"PROBLEM {_problem(p)}" for p in report.problems]
@@ -280,14 +282,14 @@ def repair_lines(done: "Repaired", *, retry: Sequence[str] = ()) -> list[str]:
     """What `repair` did, for people; `retry`: reasons of rejects that were to be tried again."""
     lines = []
     for commit in done.withdrawn:
-        rows = "an unknown number of rows" if commit.rows is None else f"{commit.rows} rows"
+        rows = "an unknown number of rows" if commit.rows is None else counted(commit.rows, "row")
         lines.append(f"withdrawn {commit.record}, {rows}: {commit.reason}")
     lines += [
         f"removed   {name}: it is damaged; the next run makes it again" for name in done.removed
     ]
     lines += [f"rewritten {name}: what it withdraws stays withdrawn" for name in done.rewritten]
     lines += [
-        f"to be tried again: {count} rejects ({reason})"
+        f"to be tried again: {counted(count, 'reject')} ({reason})"
         for reason, count in sorted(done.retried.items())
     ]
     lines += [
@@ -309,14 +311,15 @@ def repair_json(done: "Repaired") -> dict[str, Any]:
 
 def vacuum_lines(done: "Vacuumed", *, dry_run: bool) -> list[str]:
     """What `vacuum` removed, for people."""
-    shown = [f"  {name} ({size} bytes)" for name, size in done.files.items()]
+    shown = [f"  {name} ({size(octets)})" for name, octets in done.files.items()]
     if not dry_run and len(shown) > _SHOWN:
         shown = [*shown[:_SHOWN], f"  ... and {len(shown) - _SHOWN} more"]
     what = "would be removed" if dry_run else "removed"
-    lines = [*shown, f"{len(done.files)} files {what}, {human(done.bytes)}B"]
+    lines = [*shown, f"{counted(len(done.files), 'file')} {what}, {size(done.bytes)}"]
     if done.waiting:
         lines.append(
-            f"{done.waiting} more files that nothing names are too young; see --older-than-hours"
+            f"too young: {counted(done.waiting, 'more file')} that nothing names; see "
+            "--older-than-hours"
         )
     return lines
 
@@ -327,7 +330,7 @@ def vacuum_json(done: "Vacuumed", *, dry_run: bool) -> dict[str, Any]:
 
 
 def _problems(problems: Sequence["Problem"]) -> str:
-    return "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+    return counted(len(problems), "problem")
 
 
 def _problem(problem: "Problem") -> str:

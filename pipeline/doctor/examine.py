@@ -1,12 +1,13 @@
 """All that the doctor looks at, in order."""
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 
+from ...stages.workers.devices import cores
 from ...storage.errors import UsageError
+from ...storage.words import counted
 from ..printing.numbers import size
 from . import installed, place
 from .finding import Finding, ok
@@ -32,7 +33,7 @@ def _examined(store: str | None, libraries: Libraries) -> Iterator[Finding]:
     yield from installed.look()
     yield ok(
         "machine",
-        f"{len(os.sched_getaffinity(0))} cores, {size(psutil.virtual_memory().total)} memory",
+        f"{counted(cores(), 'core')}, {size(psutil.virtual_memory().total)} memory",
     )
     if store is not None:
         yield from place.look(store)

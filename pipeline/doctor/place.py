@@ -162,10 +162,7 @@ def _speed(files: Files, many: int, *, record: float) -> Finding:
         do = "Free space, or choose another place for storage.dir"
         return fault("write speed", str(error), "A shard cannot be written", do)
     speed = many / (time.monotonic() - began)
-    found = (
-        f"about {human(speed, digits=0)}B/s ({size(many)}, synced), a record in "
-        f"{1000 * record:.0f} ms"
-    )
+    found = f"about {size(speed)}/s ({size(many)}, synced), a record in {1000 * record:.0f} ms"
     if speed < SLOW_BYTES or record > SLOW_SECONDS:
         means = "The teacher may have to wait for it"
         do = "Choose a faster place, or raise storage.commit_rows and commit_seconds"

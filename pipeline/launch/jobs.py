@@ -3,7 +3,7 @@
 The second of them has many workers.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -14,6 +14,7 @@ from ...stages.recipe.load import load_recipe
 from ...stages.recipe.sections import Recipe
 from ...stages.recipe.stages import stage_named
 from ...storage.errors import UsageError
+from ...storage.store.hashes import FileHashes
 from ...storage.store.store import Store
 from ..plan.lines import Plan
 from ..plan.plan import make_plan, refuse_impossible
@@ -64,7 +65,7 @@ def opened(
         path: The recipe.
         overrides: `section.key=value`.
         allow_code: Whether `student.factory` may run.
-        refuse: Raises where the launcher cannot do it; asked before anything is written.
+        refuse: Raises where the launcher cannot do it; asked before the plan is made.
         write: Whether models may be downloaded and hashes remembered, as `run` does first.
 
     Raises:
@@ -73,12 +74,16 @@ def opened(
     recipe = load_recipe(path, list(overrides))
     refuse_code(recipe, allowed=allow_code)
     refuse(recipe)
-    if write:
-        Store.open(recipe.storage.dir, create=True)
     plan = make_plan(recipe, write=write)
     for line in plan.stages:
         refuse_impossible(plan, line)
     return Launch(path=path, recipe=recipe, plan=plan, overrides=overrides, allow_code=allow_code)
+
+
+def begin(recipe: Recipe) -> None:
+    """Make its store, which remembers what the plan hashed; when nothing more can be refused."""
+    Store.open(recipe.storage.dir, create=True)
+    FileHashes(recipe.storage.dir, remember=True).keep()
 
 
 def jobs(launch: Launch, *, training: tuple[str, ...]) -> list[Job]:
@@ -118,6 +123,26 @@ def jobs(launch: Launch, *, training: tuple[str, ...]) -> list[Job]:
     return [job for job in found if not done.issuperset(job.stages)]
 
 
+def unused(found: Sequence[Job], given: Mapping[str, object]) -> list[str]:
+    """Options that were given and are of a job that is left out, each with why.
+
+    Args:
+        found: The jobs.
+        given: What the command line says, by its options.
+    """
+    names = {job.name for job in found}
+    of = {
+        "--workers": ("workers", "there is nothing left that workers could share"),
+        "--ranks": ("train", "there is nothing left to train"),
+        "--nodes": ("train", "there is nothing left to train"),
+    }
+    return [
+        f"{option}: not used, for {why}"
+        for option, (job, why) in of.items()
+        if given.get(option) and job not in names
+    ]
+
+
 def workers_asked(recipe: Recipe, workers: int | None) -> int | None:
     """How many workers stage one gets: as the command says, else the recipe; None: neither does."""
     if workers is not None:
@@ -129,17 +154,24 @@ def gpus_each(recipe: Recipe, gpus: int | None) -> int:
     """GPUs of one worker: as the command says, else what the engines' arguments need.
 
     Raises:
-        UsageError: the recipe leaves it to the machine.
+        UsageError: the recipe leaves it to the machine, or its engines need more than the command
+            gives.
     """
+    engines = [recipe.generate, recipe.score]
+    needed = max(gpus_of(getattr(engine, "engine_args", {})) for engine in engines)
     if gpus is not None:
+        if 0 < gpus < needed:
+            raise UsageError(
+                f"--gpus: {gpus}, but by engine_args an engine of a worker needs {needed}. Give "
+                f"--gpus {needed}, or leave it out."
+            )
         return gpus
     if recipe.teacher.device_map is not None:
         raise UsageError(
             "launch: teacher.device_map spreads the teacher over all GPUs that a worker sees, and "
             "nothing says how many those are to be. Give --gpus N."
         )
-    engines = [recipe.generate, recipe.score]
-    return max(gpus_of(getattr(engine, "engine_args", {})) for engine in engines)
+    return needed
 
 
 def ranks_asked(recipe: Recipe, ranks: int | None) -> int | None:

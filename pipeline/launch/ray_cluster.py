@@ -18,8 +18,9 @@ from typing import Any
 
 from ...storage.errors import StillroomError, Stopped, UsageError
 from ...storage.store.stopping import stop_signals
+from ...storage.words import counted
 from ..run.screen import Screen
-from .jobs import Job, Launch, gpus_each, jobs, ranks_asked, workers_asked
+from .jobs import Job, Launch, begin, gpus_each, jobs, ranks_asked, workers_asked
 from .ray_worker import RayWorker
 from .slurm import Asked
 from .watch import Watch
@@ -68,8 +69,10 @@ def launch_on_ray(launch: Launch, asked: Asked, *, quiet: bool) -> dict[str, Any
         Screen(sys.stderr, quiet=quiet) as screen,
         _heard() as signals,
     ):
-        places = _places(ray, launch, asked)
-        screen.say(f"ray: {_sizes(places)}")
+        shared = any(job.name == "workers" for job in todo)
+        places = _places(ray, launch, asked, shared=shared)
+        begin(launch.recipe)
+        screen.say(f"ray: {_sizes(places, shared=shared)}")
         watch = Watch(launch.recipe, launch.plan, screen, names)
         for job in todo:
             began = time.monotonic()
@@ -96,16 +99,20 @@ def described(launch: Launch, asked: Asked) -> list[str]:
     """What would be started; no cluster is asked."""
     address = os.environ.get("RAY_ADDRESS")
     lines = [f"on the Ray cluster at {address}" if address else "on Ray, started on this machine"]
-    workers = workers_asked(launch.recipe, asked.workers) or "one for each GPU"
-    ranks = ranks_asked(launch.recipe, asked.ranks) or "all of a node"
-    sizes = {
-        "prompts": "one actor",
-        "workers": f"actors: {workers}, GPUs of each: {gpus_each(launch.recipe, asked.gpus)}",
-        "train": f"one actor, GPUs: {0 if asked.gpus == 0 else ranks}",
-    }
     for job in jobs(launch, training=("run",)):
-        lines.append(f"{job.name} ({sizes[job.name]}): stillroom {' '.join(job.words)}")
+        lines.append(f"{job.name} ({_size(launch, job, asked)}): stillroom {' '.join(job.words)}")
     return lines
+
+
+def _size(launch: Launch, job: Job, asked: Asked) -> str:
+    """Of a job, as far as it is known before a cluster is asked."""
+    if job.name == "workers":
+        workers = workers_asked(launch.recipe, asked.workers) or "one for each GPU"
+        return f"actors: {workers}, GPUs of each: {gpus_each(launch.recipe, asked.gpus)}"
+    if job.name == "train":
+        ranks = ranks_asked(launch.recipe, asked.ranks) or "all of a node"
+        return f"one actor, GPUs: {0 if asked.gpus == 0 else ranks}"
+    return "one actor"
 
 
 @contextmanager
@@ -147,31 +154,39 @@ def _cpus_needed(launch: Launch, asked: Asked) -> int:
     return workers_asked(launch.recipe, asked.workers) or 1
 
 
-def _places(ray: Any, launch: Launch, asked: Asked) -> Places:
+def _places(ray: Any, launch: Launch, asked: Asked, *, shared: bool) -> Places:
     """How the jobs are laid on the cluster.
+
+    `shared`: whether there is a job that many workers share.
 
     Raises:
         UsageError: no node has as many GPUs as one worker, or the training, was asked to have.
     """
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     found = [int(node.get("GPU", 0)) for node in nodes]
-    gpus = 0 if not any(found) and asked.gpus is None else gpus_each(launch.recipe, asked.gpus)
-    fit = sum(count // gpus for count in found) if gpus else 1
+    on_cpus = asked.gpus == 0 or (asked.gpus is None and not any(found))
+    each = gpus_each(launch.recipe, asked.gpus) if shared and not on_cpus else asked.gpus or 0
+    fit = sum(count // each for count in found) if each else 1
     workers = workers_asked(launch.recipe, asked.workers) or max(1, fit)
-    ranks = 0 if gpus == 0 else ranks_asked(launch.recipe, asked.ranks) or max(found)
-    for what, count in (("a worker", gpus), ("the training", ranks)):
+    ranks = 0 if on_cpus else ranks_asked(launch.recipe, asked.ranks) or max(found)
+    for what, count in (("a worker", each), ("the training", ranks)):
         if count > max(found, default=0):
+            most = counted(max(found, default=0), "GPU")
             raise UsageError(
-                f"launch: {what} is to have {count} GPUs, and no node of the cluster has more than "
-                f"{max(found, default=0)}. Give --gpus and --ranks, or 0 for CPUs."
+                f"launch: {what} is to have {counted(count, 'GPU')}, and no node of the cluster "
+                f"has more than {most}. Give --gpus and --ranks, or 0 for CPUs."
             )
     cpus = int(sum(node.get("CPU", 0) for node in nodes))
-    return Places(workers=workers, gpus=gpus, ranks=ranks, threads=max(1, cpus // workers))
+    threads = max(1, cpus // workers)
+    return Places(workers=workers, gpus=each, ranks=ranks, threads=threads)
 
 
-def _sizes(places: Places) -> str:
-    on = f"{places.gpus} GPUs each" if places.gpus else "on CPUs"
-    return f"{places.workers} workers, {on}"
+def _sizes(places: Places, *, shared: bool) -> str:
+    if not shared:
+        on = f"on {counted(places.ranks, 'GPU')}" if places.ranks else "on CPUs"
+        return f"no workers, for there is nothing that they could share; the training {on}"
+    on = f"{counted(places.gpus, 'GPU')} each" if places.gpus else "on CPUs"
+    return f"{counted(places.workers, 'worker')}, {on}"
 
 
 @contextmanager

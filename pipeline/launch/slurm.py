@@ -16,7 +16,7 @@ from shutil import which
 from ...stages.recipe.sections import Recipe
 from ...storage.errors import StillroomError, UsageError
 from ..plan.refusals import refuse_early
-from .jobs import FOLDER, Job, Launch, gpus_each, jobs, ranks_asked, workers_asked
+from .jobs import FOLDER, Job, Launch, begin, gpus_each, jobs, ranks_asked, workers_asked
 
 SUBMIT = "submit.sh"
 NOTICE_SECONDS = 120
@@ -57,12 +57,25 @@ def scripts(launch: Launch, asked: Asked) -> dict[str, str]:
     """Name -> text of what is written and submitted; empty where all is done.
 
     Raises:
-        UsageError: several ranks cannot train this student.
+        UsageError: several ranks cannot train this student, or nobody says how many workers.
     """
-    _refuse_ranks(launch, asked)
     found = jobs(launch, training=("train",))
+    for job in found:
+        if job.name == "workers":
+            _refuse_workers(launch.recipe, asked)
+        elif job.name == "train":
+            _refuse_ranks(launch, asked)
     written = {f"{job.name}.sh": _script(launch, job, asked) for job in found}
     return written | {SUBMIT: _submit(launch, found)} if found else {}
+
+
+def _refuse_workers(recipe: Recipe, asked: Asked) -> None:
+    if workers_asked(recipe, asked.workers) is None:
+        raise UsageError(
+            "launch: how many workers? Nothing here says how many GPUs the cluster can give. Give "
+            "--workers N (or compute.workers in the recipe)."
+        )
+    gpus_each(recipe, asked.gpus)
 
 
 def _refuse_ranks(launch: Launch, asked: Asked) -> None:
@@ -80,6 +93,7 @@ def submit(launch: Launch, texts: dict[str, str]) -> list[str]:
     Raises:
         StillroomError: it takes no job, or the folder cannot be written.
     """
+    begin(launch.recipe)
     folder = _folder(launch.recipe)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -135,12 +149,6 @@ def refuse_slurm(recipe: Recipe, asked: Asked, *, submits: bool) -> None:
             f"run.dir: Slurm cannot name a log in {folder!r}, for it reads the backslash or line "
             "break otherwise. Name another folder."
         )
-    if workers_asked(recipe, asked.workers) is None:
-        raise UsageError(
-            "launch: how many workers? Nothing here says how many GPUs the cluster can give. Give "
-            "--workers N (or compute.workers in the recipe)."
-        )
-    gpus_each(recipe, asked.gpus)
     if submits and which("sbatch") is None:
         raise UsageError(
             "launch: there is no sbatch here, so this is no machine of a Slurm cluster. Run it on "

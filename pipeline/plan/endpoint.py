@@ -6,13 +6,18 @@ from pathlib import Path
 from ...stages.engines.api_key import api_key
 from ...stages.recipe.engines import Generate
 from ...stages.recipe.sections import Recipe
+from ...stages.recipe.stages import needed
 from ...stages.workers.answers import Answers, Tokens, answers_dir, read_answers
 from ...stages.workers.budget import is_reached, limited, usd
 from ...storage.credentials import as_written
 from ...storage.errors import UsageError
 from ...storage.store.served import served_by
 from ...storage.store.store import Store
+from ...storage.words import counted
 from .lines import Plan, StagePlan
+
+USUAL_ENTRIES = 20
+"""Of a token, that OpenAI's API gives at most, and a server of vLLM that was told nothing else."""
 
 
 def endpoint_of(recipe: Recipe) -> Generate | None:
@@ -34,10 +39,30 @@ def endpoint_notes(recipe: Recipe, author_id: str, store: Store | None) -> Itera
             f"the teacher is {generate.model} there: its log-probabilities are the soft targets, "
             "held-out rows' too, so KL is over entries and tail, a lower bound"
         )
+        entries = needed(generate.keep, "generate.keep").k
+        if entries > USUAL_ENTRIES:
+            yield (
+                f"generate.keep.k: {entries} entries of a token: many endpoints give "
+                f"{USUAL_ENTRIES} at most, and vLLM what its --max-logprobs says"
+            )
     served = served_by(store.files, author_id) if store is not None else {}
     if len(served) > 1:
         seen = ", ".join(f"{name} (since {day})" for name, day in served.items())
         yield f"the endpoint has answered as {len(served)} models under this one name: {seen}"
+
+
+def refuse_entries(recipe: Recipe, outcomes: int) -> None:
+    """Refuse more entries of a token than there are ids: an endpoint would refuse every call.
+
+    Raises:
+        UsageError: `generate.keep.k` is more than the vocabulary has.
+    """
+    generate = endpoint_of(recipe)
+    if generate is not None and generate.keep is not None and generate.keep.k > outcomes:
+        raise UsageError(
+            f"generate.keep.k: {generate.keep.k:,}, but {recipe.teacher.model}, whose tokens these "
+            f"are, has {outcomes:,} of them. Lower it: many endpoints give {USUAL_ENTRIES} at most."
+        )
 
 
 def plan_endpoint(recipe: Recipe, line: StagePlan) -> None:
@@ -82,7 +107,8 @@ def price(plan: Plan) -> str:
     line = plan.stage("generate")
     if line is None or not line.pending or line.usd_to_do is None:
         return ""
-    rows, cost = f"generate: {line.pending} rows to do cost", f"${line.usd_to_do:.4g}"
+    todo = counted(line.pending, "row to do costs", "rows to do cost")
+    rows, cost = f"generate: {todo}", f"${line.usd_to_do:.4g}"
     if line.prompts_priced:
         return f"{rows} about {cost} at the recipe's prices"
     return (

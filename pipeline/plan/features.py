@@ -23,6 +23,7 @@ from ...stages.recipe.sections import Recipe
 from ...storage.errors import UsageError
 from ...storage.store.store import Store
 from ...storage.tables.features import HEADED, POOLED, what_and_how
+from ...storage.words import counted
 from .attention import REMEDY, config_attention, refuse_unpaired
 from .lines import StagePlan
 from .resolve import Bound
@@ -81,7 +82,8 @@ def _refuse_layers(recipe: Recipe, teacher: Identity) -> None:
         if beyond:
             raise UsageError(
                 f"score.features: {request.what} of layer {beyond[0]}, but the teacher {folder} "
-                f"has {facts.blocks} blocks, 0 to {facts.blocks - 1}. Name some of these."
+                f"has {counted(facts.blocks, 'block')}, 0 to {facts.blocks - 1}. Name some of "
+                "these."
             )
 
 

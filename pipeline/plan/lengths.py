@@ -53,6 +53,25 @@ def window_notes(recipe: Recipe, bound: Bound) -> list[str]:
     return [f"data.window_tokens: {asked} is more than the teacher reads: windows have {reads}"]
 
 
+def answer_notes(recipe: Recipe, bound: Bound) -> list[str]:
+    """What becomes of answers that may be longer than who writes or reads them can have."""
+    generate, binding = recipe.generate, bound.binding
+    if generate is None or bound.author is None:
+        return []
+    said = f"generate.max_tokens: {generate.max_tokens:,}, and"
+    writes, reads = binding.author_context_tokens, binding.context_tokens
+    if generate.remote and generate.max_tokens >= writes:
+        return [
+            f"{said} {recipe.teacher.model}, in whose tokens it is read, reads {writes:,} at once: "
+            "an answer that is longer is paid for and rejected"
+        ]
+    if generate.max_tokens >= writes:
+        return [f"{said} prompt and answer have {writes:,} tokens at most: an answer ends there"]
+    if recipe.score is not None and generate.max_tokens >= reads:
+        return [f"{said} the teacher reads {reads:,} at once: longer texts are not scored"]
+    return []
+
+
 def unread_by_student(recipe: Recipe, bound: Bound, books: Books) -> str:
     """What to say of rows that the student cannot read, after `choose_generations`.
 

@@ -19,7 +19,6 @@ from ...stages.ledger.splits import choose_features, choose_samples, choose_snap
 from ...stages.ledger.targets import choose_generations, target_ledger
 from ...stages.ledger.teachers import keep_scored, left_out
 from ...stages.models.chat.arguments import doubtful_arguments, template_names
-from ...stages.models.identity import FileHashes
 from ...stages.recipe.checks.task import refuse_without_labels
 from ...stages.recipe.sections import Recipe
 from ...stages.recipe.stages import stage_named
@@ -28,19 +27,20 @@ from ...storage.errors import UsageError
 from ...storage.files.opening import open_files
 from ...storage.joined import Joined, open_store
 from ...storage.published.folder import Published
+from ...storage.store.hashes import FileHashes
 from ...storage.store.store import Store
 from ..printing.numbers import teacher_layers
 from .endpoint import endpoint_notes, plan_endpoint, refuse_reading, refuse_without_key
 from .engines import engine_notes
 from .features import feature_note, image_note, learnt_embeddings, plan_embeddings, teacher_widths
-from .lengths import unread_by_student, unseen_by_student, window_notes
+from .lengths import answer_notes, unread_by_student, unseen_by_student, window_notes
 from .lineage import found_students
 from .lines import Plan, StagePlan, State, equal_texts
-from .refusals import refuse_another, refuse_early, student_folder
+from .refusals import refuse_all_aside, refuse_another, refuse_early, student_folder
 from .resolve import Bound, bind
 from .space import add_unwritten, space_notes
 from .students import plan_students
-from .teachers import BoundTeacher, bind_teachers, quantized_notes, teacher_notes
+from .teachers import BoundTeacher, bind_teachers, entry_notes, quantized_notes, teacher_notes
 
 
 def make_plan(recipe: Recipe, *, write: bool = False) -> Plan:
@@ -62,6 +62,7 @@ def make_plan(recipe: Recipe, *, write: bool = False) -> Plan:
     plan = Plan(bound=bound, teachers=teachers, write=write, warning=_warning(teachers))
     plan.note(*filter(None, [plan.warning]), *found_students(recipe), *_notes(recipe, bound))
     plan.note(*teacher_notes(recipe), *quantized_notes(teachers))
+    plan.note(*entry_notes(recipe, bound.binding.vocab_size), *answer_notes(recipe, bound))
     plan.note(*endpoint_notes(recipe, bound.binding.author_id, store))
     if recipe.student is not None and recipe.student.from_teacher_layers:
         start = teacher_layers(recipe.student.from_teacher_layers)
@@ -206,10 +207,11 @@ def _survey(recipe: Recipe, plan: Plan, store: Store | None) -> pa.Table | None:
 
 def _plan_empty(recipe: Recipe, plan: Plan, inputs: pa.Table) -> None:
     """Everything is to do."""
+    first = inputs.filter(inputs["first"])
+    judged = pc.sum(pc.equal(first["split"].cast(pa.string()), "test")).as_py() or 0
+    refuse_all_aside(recipe, len(first) - judged)
     count = held_out = 0
     if recipe.generate is not None:
-        first = inputs.filter(inputs["first"])
-        judged = pc.sum(pc.not_equal(first["split"].cast("string"), "train")).as_py() or 0
         count, held_out = (n * recipe.generate.samples for n in (len(first), judged))
         tokens = count * recipe.generate.max_tokens
         line = StagePlan(
@@ -238,8 +240,11 @@ def _plan_stored(recipe: Recipe, plan: Plan, books: Books) -> None:
     if books.published is not None:
         _plan_published(plan, books, books.published)
     data = plan.stages[0]
+    if books.published is None:
+        of = "SELECT count(*), count(*) FILTER (first AND NOT held_out) FROM inputs"
+        ((inputs, to_train_on),) = books.index.rows(of)
+        refuse_all_aside(recipe, to_train_on)
     if books.published is None and data.state == "done":
-        ((inputs,),) = books.index.rows("SELECT count(*) FROM inputs")
         data.pending = books.lost(binding.author_id if recipe.generate is None else None)
         data.committed, data.planned = inputs - data.pending, inputs + data.rejected
         data.state = "to do" if data.pending else "done"

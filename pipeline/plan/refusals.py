@@ -13,6 +13,8 @@ from ...stages.recipe.stages import needed
 from ...stages.recipe.tasks import TASKS
 from ...stages.targets.masks import masks_of
 from ...storage.errors import UsageError
+from ...storage.words import counted
+from .endpoint import refuse_entries
 from .features import refuse_features
 from .lengths import refuse_unread
 from .resolve import Bound, refuse_start
@@ -37,6 +39,7 @@ def refuse_early(recipe: Recipe, bound: Bound, *, write: bool) -> None:
             f"score names ({bound.teacher.id}), whose distributions are wanted. Remove "
             "generate.keep, or generate.model."
         )
+    refuse_entries(recipe, bound.binding.vocab_size)
     refuse_other_head(recipe, bound.teacher.parts["config"])
     masks_of(recipe, bound.teacher.folder)  # refuses a tokenizer that has none
     refuse_unread(recipe, bound)
@@ -56,6 +59,24 @@ def refuse_another(one: BoundTeacher) -> None:
         refuse_features(one.recipe, one.bound, None)
         refuse_other_head(one.recipe, one.bound.teacher.parts["config"])
         refuse_unread(one.recipe, one.bound)
+
+
+def refuse_all_aside(recipe: Recipe, prompts: int) -> None:
+    """Refuse to set all prompts to train on aside for validation.
+
+    Raises:
+        UsageError: there are no more than `train.validation_prompts`.
+    """
+    train = recipe.train
+    if train is None or train.evaluate_every_tokens is None or train.snapshot is not None:
+        return
+    if prompts <= train.validation_prompts:
+        raise UsageError(
+            f"train.validation_prompts: {train.validation_prompts} of the "
+            f"{counted(prompts, 'prompt')} to train on are to be set aside, which leaves nothing "
+            f"to train on. Set it to less than {prompts} (a tenth is usual), or leave "
+            "train.evaluate_every_tokens out."
+        )
 
 
 def _refuse_student(recipe: Recipe, folder: Path | None, teacher: Identity, *, write: bool) -> None:

@@ -20,7 +20,7 @@ from ...stages.models.fit.adapter import ADAPTER_CONFIG, refuse_adapter
 from ...stages.models.fit.misfits import refuse_misfit
 from ...stages.models.fit.quantized import refuse_unquantized
 from ...stages.models.fit.teacher_layers import FIELD, refuse_uncopied
-from ...stages.models.identity import FileHashes, Identity, find_model, identify
+from ...stages.models.identity import Identity, find_model, identify
 from ...stages.models.inputs.same_tokenizer import compare_tokenizers
 from ...stages.models.students.factory_file import factory_files, factory_id
 from ...stages.models.students.same_layers import refuse_other_layers
@@ -35,8 +35,10 @@ from ...storage.joined import Joined
 from ...storage.keys import canonical_json, content_id
 from ...storage.published.folder import Published
 from ...storage.store.bindings import Binding, all_bindings, newest_binding, write_binding
-from ...storage.store.store import Store
+from ...storage.store.hashes import FileHashes
+from ...storage.store.store import Store, is_store
 from ...storage.tables.heads import head_of
+from ...storage.words import counted
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -122,8 +124,8 @@ def _bind_there(recipe: Recipe, store: Store | None) -> Bound:
     found = list(set(all_bindings(part.files).values())) if part else []
     if len(found) != 1:
         raise UsageError(
-            f"data.source: {name} is a store with {len(found)} pairs of a teacher and its data, "
-            "expected one. Use the names that the recipe had which filled it."
+            f"data.source: {name} is a store with {counted(len(found), 'pair')} of a teacher and "
+            "its data, expected one. Use the names that the recipe had which filled it."
         )
     return Bound(binding=found[0], teacher=None, author=None, missing=why)
 
@@ -279,7 +281,7 @@ def refuse_start(recipe: Recipe, teacher: Identity, *, write: bool) -> None:
     if cache.exists(alike):
         return
     refuse_other_layers(recipe, teacher.folder)
-    if write:
+    if write and is_store(recipe.storage.dir):
         cache.put_if_absent(alike, canonical_json(asked))
 
 
@@ -340,7 +342,7 @@ def _with_earlier(recipe: Recipe, bound: Bound, store: Store, *, write: bool) ->
         stale, of = stale_rows(recipe, teacher, store, author_id=earlier, day=now.day)
         if stale:
             return replace(bound, earlier_author_id=earlier, stale=(stale, of))
-        if write:
+        if write and is_store(recipe.storage.dir):
             cache.put_if_absent(equal, canonical_json({"data": data_id, "rows": of}))
     return replace(bound, binding=replace(bound.binding, author_id=earlier, data_id=data_id))
 

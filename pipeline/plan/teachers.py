@@ -15,11 +15,11 @@ from typing import Any
 from ...stages.engines.opening import refuse_engine
 from ...stages.models.fit.classes import names_in
 from ...stages.models.fit.processor import compare_processors
-from ...stages.models.identity import FileHashes
 from ...stages.models.inputs.same_tokenizer import compare_tokenizers
 from ...stages.recipe.sections import OneTeacher, Recipe
 from ...stages.recipe.tasks import TASKS
 from ...storage.errors import UsageError
+from ...storage.store.hashes import FileHashes
 from ...storage.store.store import Store
 from .resolve import Bound, teacher_identity, written_binding
 
@@ -211,6 +211,33 @@ def quantized_notes(teachers: Sequence[BoundTeacher]) -> Iterator[str]:
         how = one.recipe.teacher.quantize if teacher is None else teacher.quantized
         if how:
             yield f"{one.field}: {one.recipe.teacher.model} is quantised: {how}"
+
+
+def entry_notes(recipe: Recipe, outcomes: int) -> Iterator[str]:
+    """Entries and draws that are more than a teacher tells apart, and what is kept then.
+
+    Args:
+        recipe: The recipe.
+        outcomes: V, of its teachers; 0: nobody knows.
+    """
+    score, keep = recipe.score, recipe.generate.keep if recipe.generate is not None else None
+    if not outcomes:
+        return
+    whole = f"of the {outcomes:,} outcomes that the teacher tells apart"
+    if keep is not None and keep.k > outcomes:
+        yield f"generate.keep.k: {keep.k:,} are more than there are: every one {whole} is kept"
+    if score is None or score.structure.whole:
+        return
+    full = "score.targets: full has the whole distribution as well"
+    least = score.k_min if "k_min" in score.kind.settings else score.k
+    if score.structure.drawn:
+        if score.rounds >= outcomes:
+            yield f"score.rounds: {score.rounds:,} draws {whole}; {full}, without their noise"
+    elif least >= outcomes:
+        name = "k_min" if "k_min" in score.kind.settings else "k"
+        yield f"score.{name}: {least:,} entries: every one {whole} is kept; {full}, in fewer bytes"
+    elif score.k > outcomes:
+        yield f"score.k: {score.k:,} limits nothing: it is more than all {whole}"
 
 
 def teachers_json(teachers: Sequence[BoundTeacher]) -> dict[str, Any]:

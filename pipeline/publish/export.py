@@ -38,6 +38,7 @@ from ...storage.snapshots.snapshot import load_snapshot
 from ...storage.store.bindings import all_bindings
 from ...storage.store.matrices import FOLDER as MATRICES
 from ...storage.store.store import MARKER, TEACHER_FILES, Store
+from ...storage.words import counted
 from ..printing.text import one_line
 from .dataset_card import Published, dataset_card
 from .features import chosen_features
@@ -137,7 +138,7 @@ def export(
     built = manifest is None
     if manifest is None:
         rows = sum(snapshot.rows for snapshot in work.snapshots.values())
-        say(f"writing up to {rows} rows ({', '.join(work.snapshots)}) into {folder}")
+        say(f"writing up to {counted(rows, 'row')} ({', '.join(work.snapshots)}) into {folder}")
         manifest = work.build()
     if built and (others := work.others()):
         say(others)
@@ -146,7 +147,7 @@ def export(
     for split, snapshot in work.snapshots.items():
         taken = manifest.splits[split].rows if split in manifest.splits else 0
         if taken < snapshot.rows:
-            say(f"{split}: {taken} of {snapshot.rows} rows")
+            say(f"{split}: {taken:,} of {counted(snapshot.rows, 'row')}")
     card = work.point(manifest, repo)
     return Exported(folder=folder, manifest=manifest, card=card, built=built)
 
@@ -204,8 +205,8 @@ class _Export:
         if not rows:
             return ""
         return (
-            f"features that stay in {self._store.root}: {rows} rows. --features takes all that it "
-            "has of these texts, a recipe whose student learns from some takes those"
+            f"features that stay in {self._store.root}: {counted(rows, 'row')}. --features takes "
+            "all that it has of these texts, a recipe whose student learns from some takes those"
         )
 
     def others(self) -> str:

@@ -31,6 +31,7 @@ from ...stages.workers.shard_about import versions
 from ...storage.files.local import LocalFiles
 from ...storage.published.export import put
 from ...storage.published.manifest import CARD
+from ...storage.words import counted
 from ..plan.lineage import came_from, written_by
 from ..printing.numbers import count, teacher_layers
 from ..printing.text import HUB_NAME, escaped, fenced, inline, one_line, prose, public_name, table
@@ -221,8 +222,9 @@ def _measured(evaluation: Mapping[str, Any]) -> str:
     on = evaluation["measured_on"]
     labelled = on.get("labelled")
     which = "" if labelled in (None, on["tokens"]) else f", {count(labelled)} of them with a label"
+    prompts = counted(on["prompts"], "held-out prompt")
     return (
-        f"On {count(on['tokens'])} {on['of']} of {count(on['prompts'])} held-out prompts{which}, "
+        f"On {count(on['tokens'])} {on['of']} of {prompts}{which}, "
         "which the student was not trained on. ± is one standard error."
     )
 
@@ -230,7 +232,7 @@ def _measured(evaluation: Mapping[str, Any]) -> str:
 def _made(settings: Mapping[str, Any], trained: Mapping[str, Any]) -> str:
     scored = count(trained["scored_tokens"])
     parts = [
-        f"{count(trained['steps'])} steps, {count(trained['tokens'])} tokens of which {scored} "
+        f"{counted(trained['steps'], 'step')}, {count(trained['tokens'])} tokens of which {scored} "
         f"were scored, {trained['epochs']:g} epochs of snapshot {inline(trained['snapshot'])}; "
         f"{count(trained['parameters'])} parameters, {count(trained['trained_parameters'])} of "
         f"them trained{_stored(trained)}.",

@@ -6,6 +6,7 @@ First comes what was different, then what came of it, then their curves over one
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..advice.advise import Shared, of_reports
 from ..printing.numbers import nats
 from ..printing.text import inline
 from . import figures, sections
@@ -35,12 +36,31 @@ def page(reports: Mapping[str, Mapping[str, Any]]) -> Page:
     fields = Table(["recipe field", *named], differing, text_columns=1 + len(groups))
     found = [
         Section("What differs", [fields if differing else same, *map(Text, _judged_apart(groups))]),
+        _advice(groups),
         _over_seeds(seeded) if seeded else None,
         _side_by_side(single) if single else None,
         _curves(named),
     ]
     lead = [Bullets([f"{name}: {_group_outcome(group)}" for name, group in named.items()])]
     return Page("Comparison", lead, [section for section in found if section])
+
+
+def _advice(groups: Sequence[Group]) -> Section | None:
+    """What the runs' numbers ask for, each once with the runs that have it; None: nothing."""
+    found = of_reports(group.reports for group in groups)
+    return Section("Advice", [Bullets([_shared(one, groups) for one in found])]) if found else None
+
+
+def _shared(one: Shared, groups: Sequence[Group]) -> str:
+    named, left = [], set(one.runs)
+    for group in groups:
+        if left.issuperset(group.reports):
+            named.append(_group_name(group))
+            left -= group.reports.keys()
+    named += [inline(run) for run in one.runs if run in left]
+    numbers = "" if one.alike else f" The numbers are those of {inline(one.runs[0])}."
+    said = one.advice
+    return f"{', '.join(named)}: **{said.about}: {said.found}.** {said.reason}. {said.do}.{numbers}"
 
 
 def _judged_apart(groups: Sequence[Group]) -> list[str]:

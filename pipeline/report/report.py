@@ -26,7 +26,7 @@ from ...storage.credentials import shown
 from ...storage.errors import UsageError
 from ...storage.files.local import LocalFiles
 from ...storage.store.store import MARKER
-from ..advice.advise import of_report
+from ..advice.advise import of_report, of_reports
 from ..printing.numbers import nats, percent
 from . import classes, compare, html, markdown, run_facts, sections
 from .blocks import Bullets, Page, Section, Text
@@ -222,6 +222,7 @@ def _shown(
         "page": str(target),
         "runs": list(reports.values()),
         "over_seeds": [group.summary() for group in grouped(reports)],
+        "advice": [one.json() for one in of_reports(g.reports for g in grouped(reports))],
     }
     return markdown.page(content), target, found
 

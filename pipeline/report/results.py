@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from ...stages.recipe.tasks import TASKS
+from ...storage.words import counted
 from ..printing.numbers import count, decimals, percent, significant
 from ..printing.text import inline
 from .blocks import Bullets, Section, Table
@@ -162,7 +163,7 @@ def _measured_on(measured: Mapping[str, Any], unshared: float) -> list[str]:
     bins = measured["ece_bins"]
     if of_classes(measured):
         whole = measured["rows"] == measured["tokens"]
-        texts = "" if whole else f" of {count(measured['rows'])} texts"
+        texts = "" if whole else f" of {counted(measured['rows'], 'text')}"
         over = "" if whole else " over texts"
         return [
             f"Measured on {count(measured['tokens'])} held-out {measured['of']}{texts}"
@@ -174,8 +175,8 @@ def _measured_on(measured: Mapping[str, Any], unshared: float) -> list[str]:
     guessed = "token where one is hidden" if hidden else "next token"
     notes = [
         f"Measured on {count(measured['tokens'])} held-out {measured.get('of', 'tokens')} "
-        f"({count(measured['rows'])} rows "
-        f"of {count(measured['prompts'])} prompts); ± is one standard error over prompts. "
+        f"({counted(measured['rows'], 'row')} "
+        f"of {counted(measured['prompts'], 'prompt')}); ± is one standard error over prompts. "
         f"Cross-entropy is on the text that is there{_HIDDEN if hidden else ''}. ECE: expected "
         f"calibration error of the most likely {guessed}, {bins} equal-width bins."
     ]

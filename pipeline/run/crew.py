@@ -16,6 +16,7 @@ from ...stages.recipe.stages import file_name
 from ...stages.workers.journal import mark_seen, new_journal, read_journal
 from ...storage.errors import StillroomError, Stopped
 from ...storage.store.stopping import stop_signals, stopped_by
+from ...storage.words import counted
 from .posts import Post
 from .process import GRACE_SECONDS, StageDied, StageProcess
 from .progress import Meter, together
@@ -218,8 +219,8 @@ def _suspected(rows: int) -> str:
     """What becomes of the rows that were in flight at a death."""
     if not rows:
         return "No row was in flight."
-    counted = "1 row" if rows == 1 else f"{rows} rows"
-    return f"{counted} in flight: tried alone, after all others; what dies alone is rejected."
+    flew = counted(rows, "row")
+    return f"{flew} in flight: tried alone, after all others; what dies alone is rejected."
 
 
 def _forget(journals: Iterable[Path]) -> None:

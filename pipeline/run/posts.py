@@ -3,7 +3,8 @@
 The plan also learns here what to say of how many workers there are.
 """
 
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,16 @@ from ...stages.recipe.engines import gpus_of
 from ...stages.recipe.run_folder import LOGS
 from ...stages.recipe.sections import Recipe
 from ...stages.recipe.stages import file_name, needed, stage_named
-from ...stages.workers.devices import VISIBLE, one_each, shared_out, visible_gpus
+from ...stages.workers.devices import (
+    THREADS,
+    VISIBLE,
+    cores,
+    one_each,
+    shared_out,
+    threads_of,
+    visible_gpus,
+)
+from ...storage.words import counted
 from ..plan.lines import Plan, StagePlan
 
 
@@ -83,5 +93,21 @@ def worker_notes(recipe: Recipe, plan: Plan) -> Iterator[str]:
         if len(workers) > 1:
             gpus = [one[VISIBLE] for one in workers if VISIBLE in one]
             on = f", on GPUs {' | '.join(gpus)}" if gpus else ""
-            how = "processes together" if stage_named(line.name).meets else "workers side by side"
-            yield f"{line.name}: {len(workers)} {how} on this machine{on}"
+            meets = stage_named(line.name).meets
+            how = "processes together" if meets else "workers side by side"
+            crowd = "" if gpus else _crowd(workers, "processes" if meets else "workers")
+            yield f"{line.name}: {len(workers)} {how} on this machine{on}{crowd}"
+
+
+def _crowd(workers: Sequence[Mapping[str, str]], setting: str) -> str:
+    """What to say of more threads than there are cores; empty: each has its own."""
+    threads, there = threads_of(workers), cores()
+    if threads <= there:
+        return ""
+    lower = f"Set compute.{setting} to {there} or less"
+    if THREADS in os.environ:  # which nobody here has decided
+        lower += f", {THREADS} (now {os.environ[THREADS]}) to {max(1, there // len(workers))}"
+    return (
+        f", with {counted(threads, 'thread')} on {counted(there, 'core')}: they wait for one "
+        f"another. {lower}"
+    )

@@ -3,6 +3,7 @@
 The first rank plans, as `run` does, and tells the others what each stage is told. Then all do it.
 """
 
+import io
 import os
 import signal
 import socket
@@ -12,7 +13,9 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
+
+from typing_extensions import override
 
 from ...stages.models.students.factory_file import refuse_code
 from ...stages.recipe.run_folder import SETTINGS
@@ -24,10 +27,11 @@ from ...stages.workers.job import StopFlag
 from ...stages.workers.ranks import ADDRESS, COUNT, LOCAL, PORT, RANK, Ranks
 from ...storage.errors import StillroomError, UsageError
 from ...storage.store.stopping import stop_signals, stopped_by
+from ...storage.words import counted
 from ..plan.lines import Plan
 from .jobs import stage_message
 from .progress import ToldProgress
-from .runner import Here, logs_of, prepare, run_stages
+from .runner import Here, first_plan, logs_of, prepare, run_stages
 from .screen import Screen
 from .worker import answer_of, do, failed, job_of, meet
 
@@ -133,13 +137,30 @@ def train(
 @contextmanager
 def _log(recipe: Recipe, ranks: Ranks) -> Iterator[TextIO]:
     """Of one rank, beside those of the others."""
-    if ranks.first:
-        prepare(recipe)
     name = "train.log" if ranks.first else f"train.{ranks.rank + 1}.log"
-    logs = logs_of(recipe)
-    logs.mkdir(parents=True, exist_ok=True)
-    with (logs / name).open("a", buffering=1) as log:
-        yield log
+    with _Log(logs_of(recipe) / name) as log:
+        yield cast(TextIO, log)
+
+
+class _Log(io.TextIOBase):
+    """A file that is there from its first line on: a training that is refused leaves none."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file: TextIO | None = None
+
+    @override
+    def write(self, text: str) -> int:
+        if self._file is None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self._path.open("a", buffering=1)
+        return self._file.write(text)
+
+    @override
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        super().close()
 
 
 class _Rank:
@@ -151,11 +172,13 @@ class _Rank:
 
     def lead(self, recipe: Recipe) -> dict[str, Any]:
         """Of the first: what `run` does with these stages, and the others are told of each."""
-        here = Here(screen=self._screen, work=self._work, look=_refuse_unfinished)
+        names = ("train", "evaluate")
         code = StillroomError.exit_code
         try:
             self._meet()
-            outcome = run_stages(recipe, prepare(recipe), ("train", "evaluate"), here)
+            plan = first_plan(recipe, names, look=_refuse_unfinished)
+            prepare(recipe, plan)
+            outcome = run_stages(recipe, plan, names, Here(screen=self._screen, work=self._work))
             code = 0
             return outcome
         except StillroomError as error:
@@ -249,7 +272,7 @@ def _refuse_unfinished(plan: Plan) -> Iterator[str]:
     first = [line for line in plan.stages if stage_named(line.name).table is not None]
     if left := [line for line in first if line.state != "done"]:
         said = ", ".join(
-            f"{line.name} has {line.pending} of {line.planned} rows to do"
+            f"{line.name} has {line.pending:,} of {counted(line.planned, 'row')} to do"
             if line.state == "to do"
             else f"{line.name} waits for them"
             for line in left

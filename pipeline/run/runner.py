@@ -6,7 +6,7 @@ Each stage is in a process group of its own, which has ended before the next beg
 import sys
 import time
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,7 +31,9 @@ from ...storage.bounds import mapping
 from ...storage.errors import NotTogether, StillroomError, UsageError, name_too_long
 from ...storage.files.local import LocalFiles
 from ...storage.snapshots.snapshot import save_snapshot
+from ...storage.store.hashes import FileHashes
 from ...storage.store.store import Store
+from ...storage.words import all_were, counted, some_are
 from ..plan.lineage import kept_files
 from ..plan.lines import Plan, StagePlan
 from ..plan.plan import make_plan, plan_again, refuse_impossible
@@ -57,8 +59,6 @@ class Here:
     screen: Screen
     work: Callable[[Recipe, Plan, str], dict[str, Any]]
     """Does a stage, and hands back its answer."""
-    look: Callable[[Plan], Iterable[str]]
-    """Says what people should know of the plan beside its own notes, or refuses it."""
 
 
 def run(
@@ -95,14 +95,11 @@ def run(
     refuse_code(recipe, allowed=allow_code)
     if "train" in names and recipe.train is not None:
         refuse_without_wandb(recipe.train.wandb)
-    store = prepare(recipe)
+    plan = first_plan(recipe, names, look=partial(_workers, recipe, alone=worker))
+    prepare(recipe, plan)
     with worker_number(logs_of(recipe)) as number, Screen(sys.stderr, quiet=quiet) as screen:
-        here = Here(
-            screen=screen,
-            work=partial(_started, screen=screen, number=number, alone=worker),
-            look=partial(_workers, recipe, alone=worker),
-        )
-        outcome = run_stages(recipe, store, names, here)
+        work = partial(_started, screen=screen, number=number, alone=worker)
+        outcome = run_stages(recipe, plan, names, Here(screen=screen, work=work))
     spent = clock.seconds()
     spent["other"] -= sum(
         sum(entry["clock"].values()) for entry in outcome["stages"].values() if "clock" in entry
@@ -110,13 +107,12 @@ def run(
     return outcome | {"clock": {name: round(seconds, 3) for name, seconds in spent.items()}}
 
 
-def run_stages(recipe: Recipe, store: Store, names: tuple[str, ...], here: Here) -> dict[str, Any]:
-    """Plan, do what is to do in these rooms, and report."""
-    run_dir = Path(recipe.run.dir)
+def run_stages(recipe: Recipe, plan: Plan, names: tuple[str, ...], here: Here) -> dict[str, Any]:
+    """Do what is to do in these rooms, after `first_plan` and `prepare`, and report."""
+    run_dir, store = Path(recipe.run.dir), Store.open(recipe.storage.dir)
     done: dict[str, dict[str, Any]] = {}
     pace = Pace(run_dir)
-    plan, screen = _first_plan(recipe, store), here.screen
-    plan.note(*here.look(plan))
+    screen = here.screen
     if plan.warning:
         screen.say(plan.warning)
     chosen = _lines(plan, names)
@@ -157,15 +153,26 @@ def run_stages(recipe: Recipe, store: Store, names: tuple[str, ...], here: Here)
     return {"run_dir": str(run_dir), "stages": done, "results": results, "advice": advice}
 
 
-def _first_plan(recipe: Recipe, store: Store) -> Plan:
-    """The plan, with what it resolved written down in the store."""
+def first_plan(
+    recipe: Recipe, names: tuple[str, ...], *, look: Callable[[Plan], Iterable[str]]
+) -> Plan:
+    """The plan; what it refuses is refused before anything is made, in store or run folder.
+
+    Args:
+        recipe: The recipe.
+        names: Rooms whose stages are asked for.
+        look: Says what people should know of the plan beside its own notes, or refuses it.
+
+    Raises:
+        UsageError: a stage that is asked for cannot be done here.
+    """
     plan = make_plan(recipe, write=True)
-    for identity in (*(one.bound.teacher for one in plan.teachers), plan.bound.author):
-        if identity is not None:
-            store.put_teacher(identity.id, kept_files(identity))
-    if plan.bound.published is None:  # else the published folder says so itself
-        for one in plan.teachers:
-            write_down(one.recipe, one.bound.binding)
+    plan.note(*look(plan))
+    left = [line for name in _lines(plan, names) if (line := plan.line(name)).state != "done"]
+    for line in left[:1]:
+        _refuse_waiting(plan, line)
+    for line in left:
+        refuse_impossible(plan, line)
     return plan
 
 
@@ -207,9 +214,32 @@ def _refuse_waiting(plan: Plan, line: StagePlan) -> None:
         )
 
 
-def prepare(recipe: Recipe) -> Store:
-    """Its store, and its run's folder, which are made where they are not there."""
-    store = Store.open(recipe.storage.dir, create=True)
+def prepare(recipe: Recipe, plan: Plan) -> None:
+    """Make store and run folder, where they are not there, and write down what the plan resolved.
+
+    Raises:
+        StillroomError: one of them cannot be written; neither was made then.
+    """
+    logs = logs_of(recipe)
+    made = [folder for folder in (logs, *logs.parents) if not folder.exists()]
+    try:
+        _make_logs(recipe)
+        store = Store.open(recipe.storage.dir, create=True)
+    except StillroomError:
+        with suppress(OSError):  # one is not empty: somebody else works there
+            for folder in made:
+                folder.rmdir()
+        raise
+    FileHashes(recipe.storage.dir, remember=True).keep()
+    for identity in (*(one.bound.teacher for one in plan.teachers), plan.bound.author):
+        if identity is not None:
+            store.put_teacher(identity.id, kept_files(identity))
+    if plan.bound.published is None:  # else the published folder says so itself
+        for one in plan.teachers:
+            write_down(one.recipe, one.bound.binding)
+
+
+def _make_logs(recipe: Recipe) -> None:
     try:
         logs_of(recipe).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -219,7 +249,6 @@ def prepare(recipe: Recipe) -> Store:
         a_file = isinstance(error, NotADirectoryError | FileExistsError)
         other = (UsageError if a_file else StillroomError)(why)
         raise name_too_long(error, recipe.run.dir) or other from error
-    return store
 
 
 def _workers(recipe: Recipe, plan: Plan, *, alone: bool) -> Iterable[str]:
@@ -260,12 +289,12 @@ def _finish(line: StagePlan, answer: dict[str, Any], *, seconds: float) -> dict[
     partial = answer["left"] > 0
     if line.state == "to do" and not partial:
         raise StillroomError(
-            f"{line.name}: ended with {line.pending} rows still to do. Run the same command to go "
-            "on."
+            f"{line.name}: ended with {counted(line.pending, 'row')} still to do. Run the same "
+            "command to go on."
         )
     if stage_named(line.name).loads and line.committed == 0 and not partial:
         raise StillroomError(
-            f"{line.name}: all {line.planned} rows were rejected ({line.why}). See `rejects` in "
+            f"{line.name}: {all_were(line.planned, 'row')} rejected ({line.why}). See `rejects` in "
             "the store."
         )
     return {
@@ -279,7 +308,8 @@ def _finish(line: StagePlan, answer: dict[str, Any], *, seconds: float) -> dict[
 
 def _left(line: StagePlan) -> str:
     """What to say of a stage whose budget was spent before its rows were."""
-    said = f"{line.name}: stopped by its budget, {line.pending} of {line.planned} rows are left"
+    left = some_are(line.pending, line.planned, "row")
+    said = f"{line.name}: stopped by its budget, {left} left"
     if line.state == "done":
         return f"{said}; the run goes on with the others (generate.accept_partial)"
     return (

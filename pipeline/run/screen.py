@@ -22,6 +22,7 @@ from rich.segment import ControlType
 from rich.table import Table
 from rich.text import Text
 
+from ...storage.words import counted
 from ..plan.lines import StagePlan, equal_texts
 from ..printing.console import Terminal
 from ..printing.numbers import duration, human, short, size
@@ -258,7 +259,8 @@ class Screen:
                 *self._counts(row),
                 "",
             ]
-        done = f"{short(books.committed)} rows" if books.committed else ""
+        unit = "row" if books.committed == 1 else "rows"
+        done = f"{short(books.committed)} {unit}" if books.committed else ""
         return [
             row.state,
             done,
@@ -332,8 +334,9 @@ def _fitting(width: int) -> list[str]:
 
 def books_line(books: StagePlan) -> str:
     """What a stage has, for a line of text."""
-    parts = [f"{books.committed} rows"]
-    parts += [f"{human(books.tokens)} tokens"] if books.tokens else []
+    parts = [counted(books.committed, "row")]
+    unit = "token" if books.tokens == 1 else "tokens"
+    parts += [f"{human(books.tokens)} {unit}"] if books.tokens else []
     parts += [f"{books.rejected} rejected"] if books.rejected else []
     parts += [equal_texts(books.equal)] if books.equal else []
     return ", ".join(parts)

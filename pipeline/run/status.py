@@ -24,9 +24,10 @@ from ...storage.store.store import Store
 from ...storage.tables.features import ERRORS
 from ...storage.tables.kinds import STRUCTURES
 from ...storage.tables.shard import ShardFile
+from ...storage.words import counted
 from ..plan.lines import Plan, equal_texts
 from ..plan.teachers import teachers_json
-from ..printing.numbers import duration, human
+from ..printing.numbers import duration, human, size
 from ..printing.text import one_line
 from .advised import held_of
 from .timings import Pace
@@ -231,7 +232,8 @@ def plan_table(plan: Plan) -> Table:
     table.add_column("why")
     for s in plan.stages:
         counts = [str(c) if c else "-" for c in (s.planned, s.committed, s.rejected, s.pending)]
-        sizes = [human(c) if c else "-" for c in (s.tokens_to_do, s.bytes_to_do)]
+        tokens = human(s.tokens_to_do) if s.tokens_to_do else "-"
+        sizes = [tokens, size(s.bytes_to_do) if s.bytes_to_do else "-"]
         table.add_row(s.name, s.state, *counts, *sizes, one_line(s.why))
     return table
 
@@ -265,7 +267,7 @@ def _column_line(name: str, stage: dict[str, Any]) -> str:
     shown = {column: size for column, size in sizes.items() if size >= sum(sizes.values()) / 100}
     shown["others"] = sum(sizes.values()) - sum(shown.values())
     sampled = stage["footers_read"] < stage["shards"]
-    of = f" ({stage['footers_read']} of {stage['shards']} shards)" if sampled else ""
+    of = f" ({stage['footers_read']} of {counted(stage['shards'], 'shard')})" if sampled else ""
     return f"{name}, bytes/token by column{of}: " + ", ".join(
         f"{c} {size:.2f}" for c, size in shown.items()
     )

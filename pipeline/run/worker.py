@@ -22,7 +22,7 @@ from typing import Any
 
 from typing_extensions import override
 
-from ...stages.models.identity import FileHashes, Identity
+from ...stages.models.identity import Identity
 from ...stages.recipe.sections import Recipe
 from ...stages.recipe.stages import Stage, stage_named
 from ...stages.workers.clock import Clock
@@ -33,6 +33,7 @@ from ...stages.workers.watch import Suspicion
 from ...storage.credentials import cleaned, hide, shown
 from ...storage.errors import EngineDied, NotTogether, ProcessDied, StillroomError, Stopped
 from ...storage.files.base import DISK_FULL
+from ...storage.store.hashes import FileHashes
 from ..plan.resolve import author_identity, teacher_identity
 from ..printing.text import printable
 from .progress import ToldProgress

@@ -26,6 +26,7 @@ from ...storage.store.store import Store
 from ...storage.tables.doubts import doubts
 from ...storage.tables.heads import Head, head_of
 from ...storage.tables.spans import SPAN_COLUMNS, spans_of
+from ...storage.words import counted
 from ..models.inputs.reads import check_ids
 from ..recipe.sections import Recipe
 from ..recipe.stages import needed
@@ -113,7 +114,8 @@ def audit_rows(store: Store, snapshot: Snapshot, fit: Fit) -> list[str]:
         _check_targets(found)
         warnings = _check_place(placed, head, own_text=fit.own_text)
     return [
-        f"audit: {len(rows)} rows looked at, their text, tokens and targets belong together",
+        f"audit: {counted(len(rows), 'row')} looked at, their text, tokens and targets belong "
+        "together",
         *warnings,
     ]
 
@@ -232,8 +234,9 @@ def _check_targets(rows: Sequence[tuple[Row, dict[str, Any]]]) -> None:
     beside = None if head.whole_text else shifted([row for row, _ in rows], head)
     cause = f"; these are {beside}" if beside else ""
     raise IntegrityError(
-        f"{_name(row)}: {column}: {message}. {count} of the {len(rows)} rows that were looked at "
-        f"are wrong, expected targets of the tokens that they stand beside{cause}. {_HELP}"
+        f"{_name(row)}: {column}: {message}. {count} of the {counted(len(rows), 'row')} that "
+        f"{'was' if len(rows) == 1 else 'were'} looked at {'is' if count == 1 else 'are'} wrong, "
+        f"expected targets of the tokens that they stand beside{cause}. {_HELP}"
     )
 
 

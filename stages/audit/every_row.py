@@ -19,6 +19,7 @@ from ...storage.tables.heads import head_of
 from ...storage.tables.rows import Rows
 from ...storage.tables.schema import TableName
 from ...storage.tables.shard import ShardFile, StoredFile
+from ...storage.words import counted
 from ..models.inputs.reads import check_ids
 from ..workers.job import Job
 from .misplaced_targets import Row, shifted
@@ -70,8 +71,8 @@ def check_rows(
     if fresh:
         again = len(files) - len(fresh)
         job.progress.say(
-            f"checked {len(fresh)} shards, {rows} rows"
-            + (f"; {again} shards were checked before" if again else "")
+            f"checked {counted(len(fresh), 'shard')}, {counted(rows, 'row')}"
+            + (f"; checked before: {counted(again, 'shard')}" if again else "")
         )
     for snapshot in snapshots:
         if snapshot.table == "features":
@@ -152,7 +153,7 @@ def check_places(
 
 
 def _say(said: Sequence[str], job: Job) -> None:
-    more = f" ({len(said) - 1} more shards)" if len(said) > 1 else ""
+    more = f" ({counted(len(said) - 1, 'more shard')})" if len(said) > 1 else ""
     if said:
         job.progress.say(f"audit: {said[0]}{more}")
 

@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ...storage.errors import RowError
+from ...storage.words import counted
 from ..models.inputs.reads import too_long
 from ..recipe.sections import Data
 
@@ -55,8 +56,8 @@ class Lengths:
         """For people, a sentence each; nothing where all rows are short enough."""
         said = (("cut", self.cut, "left out"), ("rejected", self.rejected, "in all"))
         return [
-            f"{found.rows:,} {'row is' if found.rows == 1 else 'rows are'} longer than "
-            f"{self.most:,} tokens: {how}, {found.tokens:,} tokens {which}"
+            f"{counted(found.rows, 'row is', 'rows are')} longer than "
+            f"{self.most:,} tokens: {how}, {counted(found.tokens, 'token')} {which}"
             for how, found, which in said
             if found.rows
         ]

@@ -8,6 +8,7 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from ...storage.errors import RowError
+from ...storage.words import counted
 from .formats import NOT_READ
 
 
@@ -58,7 +59,8 @@ class Remarks:
     def notes(self) -> list[str]:
         """What is to be said of all records once the table is made, a sentence each."""
         said = [
-            f"{count:,} records have a column {name!r}, which nothing reads. {NOT_READ[name]}"
+            f"{counted(count, 'record has', 'records have')} a column {name!r}, which nothing "
+            f"reads. {NOT_READ[name]}"
             for name, count in sorted(self._unread.items())
         ]
         if self.in_both:

@@ -16,12 +16,14 @@ import pyarrow.compute as pc
 from ...storage.credentials import as_written
 from ...storage.errors import RowError, StillroomError, UsageError
 from ...storage.keys import content_id, content_key
+from ...storage.store.hashes import FileHashes
 from ...storage.store.store import Store
 from ...storage.store.writer import CommitLimits
 from ...storage.tables.schema import TableName
+from ...storage.words import all_were, counted
 from ..ledger.routes import reads_source
 from ..models.fit.classes import names_in
-from ..models.identity import FileHashes, Identity
+from ..models.identity import Identity
 from ..recipe.checks.task import refuse_without_labels
 from ..recipe.sections import Data, Recipe
 from ..workers.job import Job, StageResult
@@ -292,7 +294,7 @@ def _notes(recipe: Recipe, rows: Intake) -> list[str]:
     said = [*left_out(recipe), *rows.remarks.notes()]
     if (held_out := held_out_source(recipe)) is not None:
         split = f", split {held_out.split}" if held_out.asked else ""
-        said.append(f"held out: {rows.held_out:,} rows of {held_out.name}{split}")
+        said.append(f"held out: {counted(rows.held_out, 'row')} of {held_out.name}{split}")
     return said
 
 
@@ -333,7 +335,7 @@ def _split(recipe: Recipe, rows: Intake) -> pa.Table:
     _refuse_absent(recipe.data, rows.remarks)
     if holdout >= (prompts := rows.prompts()):
         raise UsageError(
-            f"data.holdout: {holdout} of {prompts} prompts leaves nothing to train on. "
+            f"data.holdout: {holdout} of {counted(prompts, 'prompt')} leaves nothing to train on. "
             f"Use fewer than {prompts}; a tenth is usual."
         )
     table = rows.table(holdout)
@@ -352,11 +354,8 @@ def _refuse_empty(source: str, held_out: Source | None, rows: Intake) -> None:
     """Raise UsageError where nothing was read to work on, to judge by or to train on."""
     why = rows.remarks.why_rejected() or "it holds no records"
     if not rows:
-        every = (
-            f"all {rows.remarks.rejected.total()} records were rejected: "
-            if rows.remarks.rejected
-            else ""
-        )
+        rejected = rows.remarks.rejected.total()
+        every = f"{all_were(rejected, 'record')} rejected: " if rejected else ""
         raise UsageError(
             f"data.source: nothing to work on in {source}: {every}{why}. Check the file and "
             "data.format."

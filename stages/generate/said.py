@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from ...storage.errors import RowError
+from ...storage.words import counted
 from ..engines.base import Completion
 from ..models.identity import Identity
 from ..models.inputs.reads import too_long
@@ -86,8 +87,9 @@ class Alignment:
         """What is to be said of all answers."""
         if not self._nameless:
             return []
+        given = counted(self._nameless + self._named, "entry", "entries")
         return [
-            f"{self._nameless} of {self._nameless + self._named} entries that the endpoint gave "
+            f"{self._nameless} of {given} that the endpoint gave "
             "are in the tail: their names are not those of one id alone"
         ]
 

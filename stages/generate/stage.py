@@ -17,6 +17,7 @@ from ...storage.store.store import Store
 from ...storage.tables.row_builders import generation_row, target_row
 from ...storage.tables.schema import TableName
 from ...storage.tables.spans import span_after
+from ...storage.words import counted
 from ..engines.base import UNASKED, Completion, Engine, Request
 from ..engines.opening import choose_engine, open_engine
 from ..ledger.books import Books, Ledger, Pending
@@ -192,7 +193,7 @@ class _Writing:
     def notes(self) -> list[str]:
         """What is to be said of all prompts, a sentence each."""
         beside = [
-            f"{count} answers came with {what} beside their text, which is left out"
+            f"{counted(count, 'answer')} came with {what} beside the text, which is left out"
             for what, count in self._left_out.items()
         ]
         tails = self._alignment.notes() if self._alignment is not None else []

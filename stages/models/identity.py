@@ -2,23 +2,20 @@
 
 It has no path and no name.
 
-Nothing here imports torch: the plan asks for identities too. Weights are hashed once per file; the
-hash is kept in the store's cache under (path, size, mtime, inode), so a second run does not read an
-8B teacher again.
+Nothing here imports torch: the plan asks for identities too. Weights are hashed once per file, and
+a store remembers that (`storage/store/hashes.py`), so a second run does not read an 8B teacher
+again.
 """
 
-import hashlib
 import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ...storage.bounds import hexdigest, mapping, parsed
-from ...storage.credentials import shown
 from ...storage.errors import UsageError
-from ...storage.files.opening import open_files
 from ...storage.keys import canonical_json, content_id
+from ...storage.store.hashes import FileHashes
 from ..recipe.run_folder import named_run, trained_student
 from ..recipe.tasks import TASKS
 from .fit.adapter import ADAPTER_CONFIG, adapter_classes
@@ -50,47 +47,6 @@ _NOT_CONTENT = {
     "tokenizer_file",
     "special_tokens_map_file",
 }
-
-
-class FileHashes:
-    """sha256 of files, remembered by a store's `cache`. `remember=False` only reads there."""
-
-    def __init__(self, store_dir: str | Path, *, remember: bool) -> None:
-        self._files = open_files(store_dir).cache
-        self._remember = remember
-        self._seen: dict[str, str] = {}
-        self._unkept: dict[str, bytes] = {}
-
-    def sha256(self, path: Path) -> str:
-        """Hex digest of a file's bytes."""
-        stat = path.stat()
-        mark = [str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ino]
-        name = f"cache/sha256/{content_id('file', mark=mark)}.json"
-        if name not in self._seen:
-            self._seen[name] = self._cached(name) or self._hash(path, name)
-        return self._seen[name]
-
-    def _cached(self, name: str) -> str | None:
-        if not self._files.exists(name):
-            return None
-        try:
-            return hexdigest(mapping(parsed(self._files.read(name)))["sha256"])
-        except (ValueError, KeyError):
-            return None  # a cache: what is damaged is made again
-
-    def _hash(self, path: Path, name: str) -> str:
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        self._unkept[name] = canonical_json({"path": shown(str(path)), "sha256": digest})
-        if self._remember:
-            self.keep()
-        return digest
-
-    def keep(self) -> None:
-        """Let the store remember what was hashed so far, if it was not there when this began."""
-        for name, record in self._unkept.items():
-            self._files.put_if_absent(name, record)
-        self._unkept.clear()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

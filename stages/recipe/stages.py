@@ -50,9 +50,13 @@ STAGES = (
 )
 
 
+MOST = 1024
+"""Processes of a stage on one machine: more is a slip of the pen."""
+
+
 def _some(count: Any) -> Any:
-    if count != "auto" and (type(count) is not int or count < 1):
-        raise ValueError(f"must be auto, or a whole number of at least 1 (got {count!r})")
+    if count != "auto" and (type(count) is not int or not 1 <= count <= MOST):
+        raise ValueError(f"must be auto, or a whole number from 1 to {MOST} (got {count!r})")
     return count
 
 

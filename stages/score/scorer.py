@@ -11,6 +11,7 @@ from ...storage.keys import row_seed
 from ...storage.store.store import Store
 from ...storage.tables.row_builders import feature_row, target_row
 from ...storage.tables.schema import TableName
+from ...storage.words import counted
 from ..ledger.features import feature_key, feature_row_key
 from ..ledger.requests import TargetRequest, target_key, target_row_key
 from ..models.identity import Identity
@@ -235,7 +236,9 @@ class Scorer:
             self._share.fail(batch[0], failure, attempt)
             return
         tokens = len(batch[-1].token_ids)
-        self._job.progress.say(f"{failure.reason} at {len(batch)} rows of {tokens} tokens: halving")
+        self._job.progress.say(
+            f"{failure.reason} at {len(batch)} rows of {counted(tokens, 'token')}: halving"
+        )
         half = len(batch) // 2
         for part in (batch[:half], batch[half:]):
             self._begin(part, attempt=attempt + 1)

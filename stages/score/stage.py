@@ -71,11 +71,6 @@ def run(job: Job, teacher: Identity) -> StageResult:
             times_rows={"features": _VECTORS} if _all_of_texts(job) else {},
         )
     with open_share(job, store, work) as share:
-        if "k" in score.kind.settings and kept.k < score.k:
-            job.progress.say(
-                f"score.k: {score.k} is above the teacher's vocabulary, all {kept.k} entries are "
-                "kept"
-            )
         with job.clock.span("start"):
             scorer = Scorer(job, share, ran)
             scorer.keep_matrices(store)

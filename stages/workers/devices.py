@@ -7,12 +7,13 @@ already, what it names is shared out and nothing else.
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Literal
 
 from ...storage.errors import UsageError
+from ...storage.words import counted
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 THREADS = "OMP_NUM_THREADS"
@@ -65,8 +66,9 @@ def shared_out(
     count = max(1, min(len(groups), most or len(groups))) if workers == "auto" else workers
     if count > len(groups):
         raise UsageError(
-            f"compute.workers: {count} workers with {size} GPUs each were asked for, and "
-            f"{len(gpus)} are visible: that is enough for {len(groups)}. Lower it, or leave it out."
+            f"compute.workers: {count} workers with {counted(size, 'GPU')} each were asked for, "
+            f"and {counted(len(gpus), 'is', 'are')} visible: that is enough for {len(groups)}. "
+            "Lower it, or leave it out."
         )
     if len(gpus) == size:
         return [{}]
@@ -87,7 +89,7 @@ def one_each(processes: int | Literal["auto"], gpus: Sequence[str]) -> list[dict
     if not gpus:
         return [_threads(count)] * count
     if count > len(gpus):
-        named = "1 GPU is" if len(gpus) == 1 else f"{len(gpus)} GPUs are"
+        named = counted(len(gpus), "GPU is", "GPUs are")
         raise UsageError(
             f"compute.processes: {count} processes were asked for, each with a GPU of its own, and "
             f"{named} visible ({', '.join(gpus)}). Lower it, or leave it out: one for each."
@@ -102,4 +104,19 @@ def _threads(workers: int) -> dict[str, str]:
     """
     if workers == 1 or THREADS in os.environ:
         return {}
-    return {THREADS: str(max(1, len(os.sched_getaffinity(0)) // workers))}
+    return {THREADS: str(max(1, cores() // workers))}
+
+
+def cores() -> int:
+    """Of this machine, that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def threads_of(environments: Sequence[Mapping[str, str]]) -> int:
+    """How many threads processes compute with that are told these; 0: nobody knows.
+
+    OpenMP takes the first of a list, and each process all cores where it is told nothing.
+    """
+    found = [own.get(THREADS, os.environ.get(THREADS, str(cores()))) for own in environments]
+    first = [said.partition(",")[0].strip() for said in found]
+    return sum(map(int, first)) if all(map(str.isdecimal, first)) else 0

@@ -248,6 +248,11 @@ class Store:
         return paths[0].parent
 
 
+def is_store(root: Path | str) -> bool:
+    """Whether there is a store in a folder or below a URL."""
+    return open_files(root).exists(MARKER)
+
+
 def _create(files: Files) -> None:
     # The marker is a store's first file: entries seen before looking for it must have come after
     # it.

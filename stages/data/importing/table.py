@@ -20,15 +20,17 @@ from ....storage.errors import UsageError
 from ....storage.files.opening import open_files
 from ....storage.keys import content_id, content_key
 from ....storage.store.bindings import Binding, write_binding
+from ....storage.store.hashes import FileHashes
 from ....storage.store.store import Store
 from ....storage.store.writer import ShardWriter
 from ....storage.tables.row_builders import given_row, target_row
 from ....storage.tables.spans import span_after
+from ....storage.words import all_were, counted
 from ...audit.misplaced_targets import shifted
 from ...ledger.requests import target_key, tokens_key
 from ...models.fit.config import config_facts
 from ...models.fit.files import read_json
-from ...models.identity import FileHashes, Identity, find_model, identify, identify_unseen
+from ...models.identity import Identity, find_model, identify, identify_unseen
 from ...models.inputs.rendering import Renderer
 from ...recipe.sections import Storage
 from ...recipe.tasks import MODELS, TASKS
@@ -228,14 +230,15 @@ class _Import:
         if found := shifted([self._targets(row, self._generation(row)) for row in rows]):
             other = "same" if self._request.columns.targets_at == "next" else "next"
             raise UsageError(
-                f"{self._request.source}: in the first {len(rows)} rows, the targets are {found}. "
-                f"Expected each position's own. Is it --targets-at {other}?"
+                f"{self._request.source}: in the first {counted(len(rows), 'row')}, the targets "
+                f"are {found}. Expected each position's own. Is it --targets-at {other}?"
             )
         left = np.concatenate([row.nothing_left for row in rows])
         refuse_renormalised(self._request.source, left, rows=len(rows))
         tokens = sum(len(row.targets.token_logprob) for row in rows)
         self._done.notes.append(
-            f"audit: {len(rows)} rows of {tokens} scored tokens looked at, no shift found"
+            f"audit: {counted(len(rows), 'row')} of {counted(tokens, 'scored token')} looked at, "
+            "no shift found"
         )
 
     def _write(self, writers: dict[str, ShardWriter], where: str, row: ForeignRow) -> None:
@@ -318,7 +321,7 @@ class _Import:
 
     def _refuse_empty(self, *, rejected: int) -> None:
         why = (
-            f"all {rejected} rows were rejected, the first for: {self._first_error}"
+            f"{all_were(rejected, 'row')} rejected, the first for: {self._first_error}"
             if rejected
             else "it holds no rows."
         )
@@ -340,8 +343,8 @@ class _Import:
         done.holdout = min(200, prompts // 10) if request.holdout is None else request.holdout
         if done.holdout >= prompts:
             raise UsageError(
-                f"--holdout: {done.holdout} of {prompts} prompts leaves nothing to train on. Use "
-                f"fewer than {prompts}."
+                f"--holdout: {done.holdout} of {counted(prompts, 'prompt')} leaves nothing to "
+                f"train on. Use fewer than {prompts}."
             )
         table = self._intake.table(done.holdout)
         names = {"teacher": self._teacher.id, "author": self._author}

@@ -11,8 +11,8 @@ from typing import Any
 from ....storage.credentials import as_written
 from ....storage.errors import UsageError
 from ....storage.files.base import file_sha256
+from ....storage.store.hashes import FileHashes
 from ...ledger.routes import reads_source
-from ...models.identity import FileHashes
 from ...recipe.sections import Recipe
 from .class_names import classes_in_files
 from .files import Found, find_files

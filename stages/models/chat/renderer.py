@@ -11,6 +11,7 @@ import numpy as np
 from ....storage.errors import RowError
 from ....storage.tables.conversations import Conversation
 from ....storage.tables.spans import spans_before
+from ....storage.words import counted
 from .ends import Ends
 from .left_out import LeftOut
 from .long_text import refuse_long
@@ -85,8 +86,8 @@ class ChatRenderer:
         said = self._unread.notes() + self._left_out.notes()
         if self._moved:
             said.append(
-                f"{self._moved} turns begin inside a token, which is scored with what it holds of "
-                "the text before"
+                f"{counted(self._moved, 'turn begins', 'turns begin')} inside a token, which is "
+                "scored with what it holds of the text before"
             )
         return said
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from ....storage.errors import RowError
 from ....storage.tables.conversations import Message
+from ....storage.words import counted
 from .template import Chat, ChatTemplate
 
 _KNOWN = {"role", "content", "weight"}  # the last one says what is scored
@@ -51,8 +52,8 @@ class Unread:
         count, having = self._in_vain[name], self._having[name]
         said = f"the chat template does not read {name!r}"
         if count == having:
-            return f"{said}, which {count} conversations have"
-        return f"{said} in {count} of the {having} conversations that have it"
+            return f"{said}, which {counted(count, 'conversation has', 'conversations have')}"
+        return f"{said} in {count:,} of the {having:,} conversations that have it"
 
     def _refuse_left_out(self, chat: Chat, number: int, text: str) -> None:
         others = [*chat.messages[:number], *chat.messages[number + 1 :]]

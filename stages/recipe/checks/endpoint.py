@@ -103,6 +103,33 @@ def _budget(generate: Generate) -> Errors:
     if generate.accept_partial and not limited:
         message = "has no meaning without generate.max_usd or generate.max_tokens_total. Remove it"
         errors.append(("generate.accept_partial", message))
+    return errors + _in_vain(generate)
+
+
+def _in_vain(generate: Generate) -> Errors:
+    """Limits that nothing reaches, or that no call is within.
+
+    A recipe that goes on with a part may ask for nothing more, and take what is there.
+    """
+    errors, each = [], generate.max_tokens
+    prompt, completion = (getattr(generate, name) for name in PRICES)
+    if generate.max_usd is not None and prompt == completion == 0:
+        message = (
+            "both prices are 0, so nothing ever reaches it. Write the prices, or limit "
+            "generate.max_tokens_total in its place"
+        )
+        errors.append(("generate.max_usd", message))
+    if generate.accept_partial:
+        return errors
+    called = f"a call may write generate.max_tokens, {each}, and is made where the limit is enough"
+    most = generate.max_tokens_total
+    if most is not None and most <= each:
+        message = f"{most} tokens are not enough for one call: {called}. Raise it, or lower that"
+        errors.append(("generate.max_tokens_total", message))
+    if generate.max_usd is not None and completion is not None:
+        if (cost := each * completion / 1e6) > generate.max_usd:
+            message = f"is not enough for one call, about {cost:.4g}: {called}. Raise it, or lower"
+            errors.append(("generate.max_usd", f"{message} that"))
     return errors
 
 

@@ -12,6 +12,7 @@ from ..fields import Section
 from ..kinds import Score, kinds_with
 from ..run_folder import named_run
 from ..sections import Data, Loss, Recipe, Run, Teacher
+from ..stages import Compute
 from .endpoint import check_endpoint, check_teaching
 from .engines import check_kept, check_reader
 from .features import check_captured, check_matched
@@ -24,6 +25,8 @@ from .teachers import check_teachers
 _OF_STAGE_ONE = {"tokens", "source", "split", "limit"}
 _OF_A_STUDENT = (
     "run.seed",
+    "compute.processes",
+    "compute.sharding",
     *(f"loss.{name}" for name in Loss.model_fields),
     *(f"evaluate.{name}" for name in Evaluate.model_fields if name not in _OF_STAGE_ONE),
 )
@@ -252,6 +255,7 @@ _SECTIONS: dict[str, type[Section]] = {
     "data": Data,
     "loss": Loss,
     "evaluate": Evaluate,
+    "compute": Compute,
 }
 
 

@@ -5,20 +5,27 @@ Plan, status, run and report say the same.
 
 import math
 import random
+import re
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import pytest
 import reports
-from kit import last_json, prompts, stillroom, told, write_jsonl, write_recipe
+import yaml
+from hypothesis import given, reject, settings
+from hypothesis import strategies as st
+from kit import last_json, prompts, recipe_tree, stillroom, told, write_jsonl, write_recipe
 from tiny_llama import save_tiny_llama
 
 from stillroom.pipeline.advice.advise import advise, of_report
 from stillroom.pipeline.advice.table import RULES, Advice
 from stillroom.pipeline.report.report import load_report, page
+from stillroom.stages.recipe.load import load_recipe, recorded
+from stillroom.storage.errors import UsageError
 from stillroom.storage.store.store import Store
 
 Run = dict[str, Any]
@@ -64,7 +71,7 @@ def good() -> Run:
     return {
         "recipe": recipe,
         "stages": {
-            "data": {"rows": 500, "rejected": 5, "pending": 0, "why": ""},
+            "data": {"rows": 5_000, "rejected": 50, "pending": 0, "why": ""},
             "score": {
                 "rows": 990,
                 "rejected": 9,
@@ -160,6 +167,83 @@ def test_every_line_of_the_table_has_a_planted_case() -> None:
     assert {name for name, _, _ in PLANTED} == set(RULES)
 
 
+ENTRIES = st.sampled_from([{"targets": "topk"}, {"targets": "topp", "p": 0.7, "k_min": 2}])
+LOSSES = st.sampled_from(
+    [
+        {},
+        {"divergence": "reverse_kl"},
+        {"tail": "drop"},
+        {"tail": "renormalize"},
+        {"tail": "to_label"},
+    ]
+)
+KEEPS = st.sampled_from([None, {"k": 20}, {"k": 200}])
+ENGINES = st.sampled_from(
+    [{"engine": "hf"}, {"engine": "openai", "base_url": "http://localhost:1/v1", "model": "m"}]
+)
+LENGTHS = st.sampled_from([{"epochs": 1.5}, {"tokens": 7_000}])
+HELD_OUT = st.sampled_from([{}, {"source": "mine.jsonl"}, {"source": "mine.jsonl", "limit": 40}])
+
+
+@st.composite
+def recipes(draw: st.DrawFn) -> dict[str, Any]:
+    """Recipes that load, of the kinds that advice looks at."""
+    keep, evaluate = draw(KEEPS), draw(HELD_OUT)
+    data = {"source": "p.jsonl", "format": "prompt"}
+    data |= {} if evaluate else {"holdout": draw(st.sampled_from([40, 300]))}
+    score = {**draw(ENTRIES), "k": draw(st.sampled_from([2, 20, 64]))}
+    if draw(st.integers(0, 4)) == 0:
+        keep, score = None, {"targets": "sampled", "rounds": 13}
+    tree = recipe_tree(Path("x"), Path("t"), Path("p"), data=data, score=score)
+    tree["generate"] = {**draw(ENGINES), "max_tokens": 9} | ({"keep": keep} if keep else {})
+    tree |= {"loss": draw(LOSSES), "evaluate": evaluate}
+    tree["train"] = draw(LENGTHS) | {"learning_rate": draw(st.floats(1e-6, 1.0))}
+    return tree
+
+
+SETTING = re.compile(r"((?:score|loss|train|data|evaluate|generate)(?:\.\w+)+): ([^\s,;]+)")
+GONE = re.compile(r"without ((?:[a-z_]+\.\w+(?: and )?)+)")
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    tree=recipes(), enough=st.sampled_from([None, 80, 393]), prompts=st.sampled_from([450, 10**6])
+)
+def test_what_each_advice_asks_for_is_a_recipe_that_loads(
+    tree: dict[str, Any], enough: int | None, prompts: int
+) -> None:
+    """Each way that it names, as the command line takes it."""
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "recipe.yaml"
+        path.write_text(yaml.safe_dump(tree))
+        try:
+            recipe = load_recipe(path)
+        except UsageError:
+            reject()
+        named = 0
+        for name, plant, _ in PLANTED:
+            run = good() | {"recipe": recorded(recipe)}
+            plant(run)
+            run["stages"]["data"]["rows"] = prompts
+            if name == "kept_mass":
+                run["stages"]["score"]["held"]["enough"] = enough
+            for one in advised(run):
+                for way in one.do.split(", or "):
+                    changed = deepcopy(tree)
+                    for gone in (
+                        dotted for many in GONE.findall(way) for dotted in many.split(" and ")
+                    ):
+                        section, _, field = gone.partition(".")
+                        changed[section].pop(field, None)
+                    if "rows of your own in evaluate.source" in way:
+                        changed["evaluate"]["source"] = "mine.jsonl"
+                    path.write_text(yaml.safe_dump(changed))
+                    asked = [f"{setting}={value}" for setting, value in SETTING.findall(way)]
+                    load_recipe(path, asked)
+                    named += len(asked)
+        assert named > 5
+
+
 def known_by_heart(run: Run) -> None:
     """A loss that falls and falls, on text that was read 400 times."""
     run["records"]["student"] = {
@@ -249,6 +333,41 @@ def test_the_report_says_it_near_the_top_and_for_programs(tmp_path: Path) -> Non
         assert "107 degrees" in text
         assert odd in text
     assert of_report(report | {"settings": {}}) == []
+
+
+def test_a_comparison_says_each_once_and_of_which_runs(tmp_path: Path) -> None:
+    """Of seeds with the numbers of the first; what other recipes hear alike is not said again."""
+
+    def made(name: str, seed: int, angle: float, k: int = 64, holdout: int = 200) -> Path:
+        evaluation, recipe = good()["evaluation"], good()["recipe"]
+        with_angle(angle)({"evaluation": evaluation})
+        recipe["run"] |= {"seed": seed, "dir": name}
+        recipe["score"]["k"], recipe["data"]["holdout"] = k, holdout
+        return reports.finished(tmp_path / name, evaluation, reports.facts(), recipe)
+
+    seeds = [made("a0", 0, 107.0), made("a1", 1, 103.0), made("a2", 2, 12.0)]
+    others = [made("b", 0, 107.0, k=8), made("c", 0, 12.0, k=16), made("d", 0, 107.0, holdout=90)]
+    page_file = tmp_path / "page.html"
+    done = stillroom("report", *seeds, *others, "--out", page_file, "--json")
+    found = last_json(done)["advice"]
+    assert [one["name"] for one in found] == ["gradient_angle", "gradient_angle"]
+    first, second = (one["runs"] for one in found)
+    assert first == [str(seeds[0]), str(seeds[1]), str(others[2])]
+    assert second == [str(others[0])]
+    assert "without score.k" in found[1]["do"]
+    section = done.stdout.split("## Advice")[1].split("##")[0]
+    assert section.count("107 degrees") == 2
+    assert f"The numbers are those of `{seeds[0]}`." in section
+    assert "103 degrees" not in section
+    assert page_file.read_text().count("107 degrees") == 2
+
+    both = [made("e0", 0, 107.0, k=8), made("e1", 1, 107.0, k=8)]
+    alike = stillroom("report", *both, "--out", page_file).stdout
+    assert f"`{both[0]}` (2 seeds): **student: the gradient" in alike
+    assert "The numbers are those of" not in alike
+    silent = stillroom("report", seeds[2], others[1], "--out", page_file, "--json")
+    assert last_json(silent)["advice"] == []
+    assert "## Advice" not in silent.stdout
 
 
 def test_the_whole_way_every_command_names_the_mass_and_the_k(tmp_path: Path) -> None:

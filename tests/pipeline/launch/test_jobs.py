@@ -9,6 +9,7 @@ from kit import recipe_tree
 from stillroom.pipeline.launch.jobs import Launch, gpus_each, jobs
 from stillroom.pipeline.plan.lines import Plan, StagePlan, State
 from stillroom.stages.recipe.sections import Recipe
+from stillroom.storage.errors import UsageError
 
 ENDPOINT = {"engine": "openai", "base_url": "http://127.0.0.1:1/v1", "model": "m", "max_tokens": 8}
 
@@ -57,5 +58,8 @@ def test_a_job_whose_stages_are_all_done_is_left_out(
 def test_a_worker_has_the_gpus_that_its_engine_needs(tmp_path: Path) -> None:
     four = {"engine": "vllm", "max_tokens": 8, "engine_args": {"tensor_parallel_size": 4}}
     assert gpus_each(launch(tmp_path, TO_DO, generate=four).recipe, None) == 4
-    assert gpus_each(launch(tmp_path, TO_DO, generate=four).recipe, 2) == 2
+    assert gpus_each(launch(tmp_path, TO_DO, generate=four).recipe, 8) == 8
+    assert gpus_each(launch(tmp_path, TO_DO, generate=four).recipe, 0) == 0, "on CPUs"
+    with pytest.raises(UsageError, match=r"--gpus: 2, but .* needs 4\."):
+        gpus_each(launch(tmp_path, TO_DO, generate=four).recipe, 2)
     assert gpus_each(launch(tmp_path, TO_DO).recipe, None) == 1

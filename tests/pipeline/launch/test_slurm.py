@@ -196,11 +196,19 @@ def test_a_signal_is_passed_on_and_waited_for(
 def test_what_is_done_is_not_submitted(
     recipe: Path, calls: Callable[[], list[dict[str, Any]]]
 ) -> None:
+    """Nor is anything asked of it: neither how many workers, nor how many GPUs each has."""
     stillroom("run", recipe, "--until", "score")
-    said = last_json(launched(recipe, "--workers", 1))
-    assert [job["name"] for job in said["jobs"]] == ["train"]
-    (submitted,) = (call["words"] for call in calls() if call["name"] == "sbatch")
-    assert not any(word.startswith("--dependency") for word in submitted)
+    for words in ((), ("--workers", 1)):
+        done = launched(recipe, *words)
+        assert [job["name"] for job in last_json(done)["jobs"]] == ["train"]
+        assert ("--workers: not used" in done.stdout) == bool(words)
+    spread = ("--set", "teacher.device_map=auto", "--dry-run")
+    assert list(last_json(launched(recipe, *spread))["scripts"]) == ["train.sh", "submit.sh"]
+    ray = stillroom("launch", recipe, "--on", "ray", *spread).stdout
+    assert "train (one actor" in ray
+    assert "workers" not in ray
+    for submitted in (call["words"] for call in calls() if call["name"] == "sbatch"):
+        assert not any(word.startswith("--dependency") for word in submitted)
 
 
 @pytest.mark.parametrize(

@@ -115,6 +115,7 @@ def test_two_ranks_do_stage_two_once_stage_one_is_done(recipe: Path, tmp_path: P
     assert "train: stage one is not done: data has 12 of 12 rows to do" in errors
     assert "Run `stillroom run RECIPE --until score` first" in errors
     assert json.loads(out)["exit_code"] == 2
+    assert not any((tmp_path / name).exists() for name in ("run", "store")), "refused: nothing left"
 
     stillroom("run", recipe, "--until", "score")
     (code, out, errors), (other, nothing, _) = said(pair(recipe))

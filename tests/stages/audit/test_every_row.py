@@ -216,7 +216,7 @@ def test_a_machine_asks_each_shard_once(
         train.run(job := whole.job(tmp_path / name, shards, arm=arm))
         said.append(lines_of(job, "checked"))
     checked = ["checked 4 shards, 32 rows"]
-    assert said == [checked, [], ["checked 1 shards, 8 rows; 4 shards were checked before"]]
+    assert said == [checked, [], ["checked 1 shard, 8 rows; checked before: 4 shards"]]
     # Where nothing can be kept, each is asked each time.
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))

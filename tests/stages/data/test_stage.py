@@ -324,7 +324,7 @@ def test_holdout_is_chosen_by_hash_and_survives_reordering(tmp_path: Path) -> No
     [
         (lambda p: p / "none.jsonl", "nothing to read"),
         (lambda p: write_jsonl(p / "a.jsonl", []), "holds no records"),
-        (lambda p: write_jsonl(p / "a.jsonl", [{"text": "x"}]), "all 1 records were rejected"),
+        (lambda p: write_jsonl(p / "a.jsonl", [{"text": "x"}]), "the only record was rejected"),
         (lambda p: (p / "a.json", (p / "a.json").write_text("[1,"))[0], "is not JSON"),
         (lambda p: (p / "a.parquet", (p / "a.parquet").write_text("x"))[0], "not readable Parquet"),
         (lambda p: (p, (p / "a.jsonl").symlink_to(p / "gone"))[0], "a.jsonl is a broken link"),
@@ -332,7 +332,7 @@ def test_holdout_is_chosen_by_hash_and_survives_reordering(tmp_path: Path) -> No
             lambda p: (p / "a.xlsx", (p / "a.xlsx").write_text("x"))[0],
             "an ending that nothing here reads",
         ),
-        (lambda p: write_jsonl(p / "a.jsonl", ["[" * 100_000]), "all 1 records were rejected"),
+        (lambda p: write_jsonl(p / "a.jsonl", ["[" * 100_000]), "the only record was rejected"),
     ],
 )
 def test_a_source_without_prompts_is_a_clear_error(

@@ -364,6 +364,14 @@ def test_what_cannot_work_is_refused_by_name(
         assert "missing: which endpoint" in refusal(recipe, base_url="null")
         assert "without both prices" in refusal(recipe, max_usd=1)
         assert "has no meaning without" in refusal(recipe, accept_partial="true")
+        asks = {"max_tokens": 100, "usd_per_million_prompt_tokens": 0}
+        paid = asks | {"usd_per_million_completion_tokens": 10}
+        assert "100 tokens are not enough" in refusal(recipe, **paid, max_tokens_total=100)
+        assert "for one call, about 0.001" in refusal(recipe, **paid, max_usd=0.0009)
+        free = asks | {"usd_per_million_completion_tokens": 0}
+        assert "nothing ever reaches it" in refusal(recipe, **free, max_usd=1)
+        taken = ("generate.max_tokens_total=1", "generate.accept_partial=true")
+        told("plan", recipe, *(f"--set={one}" for one in taken))  # what is there is gone on with
         assert "decided by the recipe's own fields" in refusal(recipe, engine_args="{seed: 1}")
         assert "generate.base_url: belongs to" in refusal(recipe, engine="hf", api_key_env="null")
         scored = stillroom("plan", recipe, "--set", "score={engine: openai}", expect=2).stderr

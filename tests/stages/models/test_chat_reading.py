@@ -40,7 +40,7 @@ def test_a_field_reaches_the_text_or_is_named(name: str) -> None:
     assert "zzz" in text_of(reading, asked)
     assert notes(reading, asked, "yes") == []
     assert notes(plain(), asked, "yes") == [
-        f"the chat template does not read {name!r}, which 1 conversations have"
+        f"the chat template does not read {name!r}, which 1 conversation has"
     ]
     assert notes(plain(), "hi", "yes") == []
 
@@ -123,7 +123,7 @@ def test_a_tool_may_answer_nothing() -> None:
     made = renderer(plain("m.content or ''"))
     made.whole(conversation("hi", "look", empty, "so"), last=True)
     assert made.notes() == [
-        "the chat template does not read 'tool_call_id', which 1 conversations have"
+        "the chat template does not read 'tool_call_id', which 1 conversation has"
     ]
 
 

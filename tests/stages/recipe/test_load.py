@@ -56,8 +56,9 @@ def test_a_misspelt_key_is_refused_with_line_and_nearest_key(
         ("score.k=many", "score.k: input should be a valid integer"),
         (
             "compute.workers=0",
-            "compute.workers: must be auto, or a whole number of at least 1 (got 0)",
+            "compute.workers: must be auto, or a whole number from 1 to 1024 (got 0)",
         ),
+        ("compute.workers=1025", "a whole number from 1 to 1024 (got 1025)"),
         ("compute.workers=all", "compute.workers: must be auto, or a whole number"),
         ("compute.processes=two", "compute.processes: must be auto, or a whole number"),
         ("score=64", "score: must be a section, with keys of engine, engine_args, targets, k"),
@@ -186,7 +187,7 @@ def test_stage_one_alone_says_nothing_of_a_student(tmp_path: Path, tree: dict[st
     assert load_recipe(path, ["loss={}"]).student is None
     # Drawn targets ask for a loss temperature, which is not there.
     load_recipe(path, ["score={targets: sampled, temperatures: [2.0]}"])
-    for setting in ("loss.hard_weight=0", "evaluate.baseline=true", "run.seed=1"):
+    for setting in ("loss.hard_weight=0", "evaluate.baseline=true", "compute.processes=2"):
         said = refusal(tmp_path, tree, setting)
         field = setting.partition("=")[0]
         assert said == (

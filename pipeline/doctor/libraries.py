@@ -148,7 +148,10 @@ def _engine(name: str, install: str, found: dict[str, Any] | None, installed: bo
     what = f"engine {name}"
     if not installed:
         return ok(
-            what, "not installed", "A recipe that names it is refused", f"If you want it: {install}"
+            what,
+            "not installed",
+            "A recipe that names it is refused",
+            f"If you want it, install {install}",
         )
     if found is None:
         return warning(

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ..printing.numbers import count, decimals, nats, percent
-from .table import CLEAR, MOST_DEGREES, NO_MOVE, RESOLVED, Advice, advice
-from .trained import changed_rate
+from .table import CLEAR, LARGEST_RATE, MOST_DEGREES, NO_MOVE, RESOLVED, Advice, advice
+from .trained import changed_length, changed_rate
 
 _WORDS = {"baseline": "the baseline", "student_before": "the student before training"}
 _MEASURES = {"kl_teacher": "KL to the teacher", "cross_entropy": "cross-entropy"}
@@ -64,8 +64,13 @@ def _unmoved(recipe: Mapping[str, Any], evaluation: Mapping[str, Any]) -> Iterat
     if not before or after is None or abs(before - after) >= NO_MOVE * before:
         return
     numbers = {"value": decimals(after), "before": decimals(before)}
-    rate = changed_rate(recipe["train"], 10)
-    yield advice("learned_nothing", "student", **numbers, rate=rate)
+    small = 10 * recipe["train"]["learning_rate"] <= LARGEST_RATE
+    remedy = (
+        f"learning_rate: {changed_rate(recipe['train'], 10)}"
+        if small
+        else changed_length(recipe["train"], 10)
+    )
+    yield advice("learned_nothing", "student", **numbers, remedy=remedy)
 
 
 def _nearer(recipe: Mapping[str, Any]) -> str:

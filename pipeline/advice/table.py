@@ -32,6 +32,8 @@ teacher in all of it: what falls less may as well be noise."""
 MOST_REJECTED = 0.01
 """Of the rows of a stage: more is rarely chance, and what is missing is of one kind (the long ones,
 say)."""
+LARGEST_RATE = 1e-2
+"""Of what is advised: above it Adam's steps undo one another, and more of them are asked for."""
 CLEAR = 2.0
 """Standard errors from which on a difference is told from none (95 of 100 times)."""
 RESOLVED = 0.05
@@ -113,7 +115,7 @@ RULES = {
         "KL to the teacher is {value} nats, and was {before} before the training",
         "Steps this small, or this few, teach nothing: fresh weights want larger ones than "
         "pretrained weights do",
-        "Set train.learning_rate: {rate}, ten times what it was",
+        "Set train.{remedy}, ten times what it was",
     ),
     "worse": Rule(
         "{measure} is {gap} nats worse than that of {other} ({value} against {against}, standard "

@@ -1,6 +1,6 @@
 """Advice on what the evaluation found.
 
-It is on gradients that turn away, on a student that lost, and on too few tokens to tell.
+It is on gradients that turn away, on a student that did not move or lost, and on too few tokens.
 """
 
 import math
@@ -9,8 +9,8 @@ from typing import Any
 
 from ..printing.numbers import count, decimals, nats, percent
 from .remedy import Remedy, accepted, draws, more_entries
-from .table import CLEAR, MOST_DEGREES, RESOLVED, Advice, advice
-from .trained import changed_rate
+from .table import CLEAR, LARGEST_RATE, MOST_DEGREES, NO_MOVE, RESOLVED, Advice, advice
+from .trained import changed_length, changed_rate
 
 _WORDS = {"baseline": "the baseline", "student_before": "the student before training"}
 _MEASURES = {"kl_teacher": "KL to the teacher", "cross_entropy": "cross-entropy"}
@@ -28,6 +28,7 @@ def judged(
     """
     turned = list(_angles(recipe, evaluation))
     yield from turned
+    yield from _unmoved(recipe, evaluation)
     differences = evaluation.get("differences") or {}
     other = next((arm for arm in _WORDS if arm in differences), None)
     if other is None:
@@ -56,6 +57,24 @@ def _angles(recipe: Mapping[str, Any], evaluation: Mapping[str, Any]) -> Iterato
         return
     numbers = {"angle": decimals(angles[arm], 0), "tokens": count(dict(known)[arm]["tokens"])}
     yield advice("gradient_angle", arm, **numbers, remedy=_nearer(recipe))
+
+
+def _unmoved(recipe: Mapping[str, Any], evaluation: Mapping[str, Any]) -> Iterator[Advice]:
+    """A student as far from its teacher as before the training."""
+    results = evaluation["results"]
+    before, after = (
+        (results.get(arm) or {}).get("kl_teacher") for arm in ("student_before", "student")
+    )
+    if not before or after is None or abs(before - after) >= NO_MOVE * before:
+        return
+    numbers = {"value": decimals(after), "before": decimals(before)}
+    small = 10 * recipe["train"]["learning_rate"] <= LARGEST_RATE
+    remedy = (
+        f"learning_rate: {changed_rate(recipe['train'], 10)}"
+        if small
+        else changed_length(recipe["train"], 10)
+    )
+    yield advice("learned_nothing", "student", **numbers, remedy=remedy)
 
 
 def _nearer(recipe: Mapping[str, Any]) -> str:

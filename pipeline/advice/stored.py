@@ -88,4 +88,5 @@ def _rejects(name: str, stage: Mapping[str, Any]) -> Iterator[Advice]:
     if rejected <= MOST_REJECTED * rows:
         return
     numbers = {"rejected": count(rejected), "rows": count(rows), "share": percent(rejected / rows)}
-    yield advice("rejects", name, **numbers, why=stage.get("why") or "see `rejects` in the store")
+    why = stage.get("why") or "see `rejects` in the store"
+    yield advice("rejects", name, **numbers, why=why.removeprefix(f"{rejected} rejected: "))

@@ -27,11 +27,13 @@ RISE = 0.1
 """Above the loss of the first step, once the learning rate has warmed up: noise of batches is
 smaller, and a student should by then be better than it began."""
 NO_MOVE = 0.01
-"""Of the loss of the first steps, in the first quarter of the training: what falls less may as well
-be noise."""
+"""Of the loss of the first steps, in the first quarter of the training, and of the distance to the
+teacher in all of it: what falls less may as well be noise."""
 MOST_REJECTED = 0.01
 """Of the rows of a stage: more is rarely chance, and what is missing is of one kind (the long ones,
 say)."""
+LARGEST_RATE = 1e-2
+"""Of what is advised: above it Adam's steps undo one another, and more of them are asked for."""
 CLEAR = 2.0
 """Standard errors from which on a difference is told from none (95 of 100 times)."""
 RESOLVED = 0.05
@@ -108,6 +110,12 @@ RULES = {
         "training",
         "Steps this small, or a student that has nothing left to learn, teach nothing",
         "Set train.learning_rate: {rate}, three times what it was",
+    ),
+    "learned_nothing": Rule(
+        "KL to the teacher is {value} nats, and was {before} before the training",
+        "Steps this small, or this few, teach nothing: fresh weights want larger ones than "
+        "pretrained weights do",
+        "Set train.{remedy}, ten times what it was",
     ),
     "worse": Rule(
         "{measure} is {gap} nats worse than that of {other} ({value} against {against}, standard "

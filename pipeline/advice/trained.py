@@ -96,12 +96,9 @@ def _end(
     noise = math.hypot(*(statistics.stdev(part) / math.sqrt(tenth) for part in (before, last)))
     if means[0] <= 0 or fall < FAST_FALL * means[0] or fall < CLEAR * noise:
         return
-    name = "epochs" if settings.get("epochs") else "tokens"
-    length = (
-        f"{name}: {2 * settings[name]:g}" if name == "epochs" else f"{name}: {2 * settings[name]}"
-    )
     numbers = {"fall": percent(fall / means[0]), "loss": nats(means[1])}
-    yield advice("still_falling", arm, **numbers, length=f"{length}, twice what it was")
+    length = f"{changed_length(settings, 2)}, twice what it was"
+    yield advice("still_falling", arm, **numbers, length=length)
 
 
 def _norms(
@@ -136,3 +133,9 @@ def _spike(arm: str, tokens: int, norm: float, times: str, settings: Mapping[str
 def changed_rate(settings: Mapping[str, Any], times: float) -> str:
     """So many times the learning rate of a recipe's `train`, as a recipe spells it."""
     return f"{times * settings['learning_rate']:.1e}"
+
+
+def changed_length(settings: Mapping[str, Any], times: int) -> str:
+    """So many times the length of a training, as a recipe spells it."""
+    name = "epochs" if settings.get("epochs") else "tokens"
+    return f"{name}: {times * settings[name]:{'g' if name == 'epochs' else ''}}"

@@ -83,6 +83,8 @@ def query(
     for row in shown:
         table.add_row(*(one_line(_cell(v)) for v in row.values()))
     print_for_people(table)
+    if not shown:
+        print_for_people("(no rows)")
     if not complete:
         print_for_people(f"(the first {counted(rows, 'row')}; there are more, see --rows)")
     rows_of_json = [{name: _json_value(value) for name, value in row.items()} for row in shown]

@@ -19,9 +19,9 @@ from ...stages.recipe.engines import ENGINES
 from ...stages.workers.devices import VISIBLE
 from .finding import Finding, fault, ok, warning
 
-DEADLINE_SECONDS = 12.0
-"""From the start: vLLM takes 9 seconds on two cores, and a doctor who is waited for is asked no
-more."""
+DEADLINE_SECONDS = 60.0
+"""From the start: vLLM takes 9 seconds on two cores, and several times that the first time after it
+was installed, which is when a doctor is asked. What hangs is not waited for longer."""
 _MARK = "doctor:"
 _SCRIPT = f"""
 import importlib, json, sys
@@ -148,7 +148,10 @@ def _engine(name: str, install: str, found: dict[str, Any] | None, installed: bo
     what = f"engine {name}"
     if not installed:
         return ok(
-            what, "not installed", "A recipe that names it is refused", f"If you want it: {install}"
+            what,
+            "not installed",
+            "A recipe that names it is refused",
+            f"If you want it, install {install}",
         )
     if found is None:
         return warning(

@@ -1,6 +1,7 @@
 """What the place of a store can do: tried in a folder that is made there and removed again."""
 
 import os
+import re
 import shutil
 import tempfile
 import threading
@@ -32,6 +33,8 @@ LITTLE_BYTES = 2 << 30
 ANSWER_SECONDS = 30.0
 """For all that a service is asked: its driver waits and tries again for minutes, and nobody waits
 so long."""
+_TRIAL = re.compile(r"/\.doctor-\w+(/\.tmp-\w+)?")
+"""Names of what is tried, which tell nobody anything."""
 _READS = "Reading works (inspect, query, verify, and as storage.sources); no run can add rows"
 
 
@@ -119,8 +122,8 @@ def _tried(files: Files, links: str, many: int) -> Iterator[Finding]:
             yield ok(links, "work here")
         yield _race(files)
     except StillroomError as error:
-        where = f"{links}, writing" if links else "put-if-absent"
-        yield fault(where, str(error), _READS, "Choose another place for storage.dir")
+        where = links or "put-if-absent"
+        yield fault(where, _TRIAL.sub("", str(error)), _READS, "")  # it says what to do itself
         return
     yield _speed(files, many, record=seconds)
 

@@ -203,12 +203,10 @@ def _plain(labels: Sequence[str]) -> list[str]:
 
 def short(value: float) -> str:
     """A number on an axis: 200000 is 200k."""
-    if value and (abs(value) < 1e-3):
-        return f"{value:.0e}".replace("e-0", "e-")
     for unit, name in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= unit:
             return f"{value / unit:g}{name}"
-    return f"{value:g}"
+    return f"{value:g}".replace("e-0", "e-")
 
 
 def _inline(drawn: str, title: str) -> str:

@@ -67,8 +67,11 @@ class Meter:
 
     def count(self) -> str:
         """Units done, of how many."""
-        numbers = [self.done, self.total] if self.total else [self.done]
-        return f"{'/'.join(map(short, numbers))} {self.unit}"
+        if not self.total:
+            return f"{short(self.done)} {self.unit}"
+        # Beside 512k stands 26.6k, not 26624.
+        done = human(self.done) if self.done < 100_000 <= self.total else short(self.done)
+        return f"{done}/{short(self.total)} {self.unit}"
 
     def line(self) -> str:
         """All of it, for a line of text."""

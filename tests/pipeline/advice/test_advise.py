@@ -114,6 +114,10 @@ def with_gap(gap: float, error: float) -> Callable[[Run], None]:
     return lambda run: run["evaluation"]["differences"].update(baseline=difference)
 
 
+def with_start(kl: float) -> Callable[[Run], None]:
+    return lambda run: run["evaluation"]["results"]["student_before"].update(kl_teacher=kl)
+
+
 def with_mass(mass: float, enough: int | None) -> Callable[[Run], None]:
     return lambda run: run["stages"]["score"]["held"].update(mass=mass, enough=enough)
 
@@ -145,6 +149,7 @@ PLANTED: list[tuple[str, Callable[[Run], None], tuple[str, ...]]] = [
         with_curve(curve(lambda done: 3.0 - 0.02 * done, noise=0.002)),
         ("learning_rate: 9.0e-03",),
     ),
+    ("learned_nothing", with_start(0.3122), ("0.3121 nats", "0.3122", "train.epochs: 40,")),
     ("worse", with_gap(0.02, 0.005), ("KL to the teacher is 0.020 nats worse", "error 0.005")),
     ("too_few_tokens", with_gap(-0.02, 0.03), ("100,123 held-out", "data.holdout: 2400")),
 ]
@@ -261,6 +266,7 @@ QUIET: list[Callable[[Run], None]] = [
     with_angle(44.9),
     lambda run: run["evaluation"].update(gradient={"student": None}),
     with_norm(2.5),
+    with_start(0.0),  # it began as its teacher
     with_gap(-0.001, 0.008),  # not told apart, and nothing that matters could hide there
     with_curve(curve(settled, noise=0.1)),
     with_curve(curve(lambda done: 3 * (done + 0.005) ** -0.5)[:29]),  # a few steps say nothing
@@ -285,6 +291,13 @@ def test_what_drops_the_tail_is_told_to_keep_it_before_all_else() -> None:
     assert advised(run)[0].do == "Set score.k: 256"
     run["recipe"]["score"] = {"targets": "sampled", "rounds": 13}
     assert "score.rounds: 52" in advised(run)[0].do
+
+
+def test_small_steps_that_taught_nothing_are_to_be_larger() -> None:
+    run = good()
+    with_start(0.3122)(run)
+    run["recipe"]["train"]["learning_rate"] = 2e-5
+    assert "train.learning_rate: 2.0e-04," in advised(run)[0].do
 
 
 def test_targets_that_lead_elsewhere_are_why_a_student_is_worse() -> None:

@@ -74,8 +74,9 @@ def test_without_hard_links_no_run_is_possible(
     *_, last = done.stdout.splitlines()
     found = {one["name"]: one for one in json.loads(last)["findings"]}
     assert not json.loads(last)["ok"]
-    assert found["hard links, writing"]["state"] == "fault"
-    assert "no hard links cannot hold a store" in found["hard links, writing"]["found"]
+    assert found["hard links"]["state"] == "fault"
+    assert "no hard links cannot hold a store" in found["hard links"]["found"]
+    assert ".doctor" not in found["hard links"]["found"]
     assert "write speed" not in found
     assert list(tmp_path.iterdir()) == []
 

@@ -395,7 +395,7 @@ def test_a_name_in_code_may_break_after_a_dot_and_marks_are_escaped() -> None:
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0, "0"), (200_000, "200k"), (1.5e6, "1.5M"), (2e9, "2G"), (0.0005, "5e-4"), (0.25, "0.25")],
+    [(0, "0"), (2e5, "200k"), (1.5e6, "1.5M"), (2e9, "2G"), (9.8e-4, "0.00098"), (2e-5, "2e-5")],
 )
 def test_numbers_on_axes_are_short(value: float, text: str) -> None:
     assert plots.short(value) == text

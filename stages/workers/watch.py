@@ -32,6 +32,7 @@ COMPUTES = 1 / 500
 
 A process that hangs takes less: that of its threads which look whether there is something to do.
 """
+NO_SIGN = "its process has shown no sign of life"
 _LOOK_SECONDS = 0.2
 
 T = TypeVar("T")
@@ -142,6 +143,10 @@ class Watch:
                     raise Lost(self.suspicion.text)
             return answer.result()
 
+    @property
+    def _waited(self) -> str:
+        return f"{LAST * self._seconds:.0f} s"
+
     def _pauses(self) -> Iterator[float]:
         """After each pause, the share of a collective's time that the rank has waited."""
         while not self._over.wait(self._seconds / LOOKS):
@@ -201,43 +206,38 @@ class Watch:
         """Who has done nothing for as long as a collective waits, while this rank waits for it."""
         most, now = LAST * self._seconds, time.monotonic()
         if now - max(self._moved, self._answered) > most:
-            return self._silent_store(f"{most:.0f} s")
+            return self._silent_store()
         for rank, sign in signs.items():
-            last, _ = self._last.get(rank, (None, now))
+            last, since = self._last.get(rank, (None, now))
             if last is None or moved(last, sign, least=COMPUTES * self._seconds):
                 self._last[rank] = sign, now
-        for rank, (last, since) in self._last.items():
-            if now - since > most:
-                why = (
-                    "its process has shown no sign of life"
-                    if signs[rank].beats == last.beats
-                    else "its process has computed nothing"
-                )
-                return Suspicion(
-                    ranks=(rank,), text=_named([rank], signs, f"{why} for {most:.0f} s")
-                )
+            elif now - since > most:
+                silent = sign.beats == last.beats
+                why = NO_SIGN if silent else "its process has computed nothing"
+                return self._suspicion([rank], signs, why)
         return None
 
     def _judged(self, before: Mapping[int, Sign], signs: Mapping[int, Sign]) -> Suspicion | None:
-        waited = f"{LAST * self._seconds:.0f} s"
         if not signs or time.monotonic() - self._answered > (LAST - FIRST) / 2 * self._seconds:
-            return self._silent_store(waited)
+            return self._silent_store()
         ranks, why = suspects(before, signs)
         if not ranks:
             return None
-        why = f"{why}, and the others have waited for {waited}"
-        return Suspicion(ranks=tuple(ranks), text=_named(ranks, signs, why))
+        return self._suspicion(ranks, signs, why)
 
-    def _silent_store(self, waited: str) -> Suspicion | None:
+    def _suspicion(self, ranks: Sequence[int], signs: Mapping[int, Sign], why: str) -> Suspicion:
+        named = "; ".join(
+            f"rank {rank} ({signs[rank].process}, at {signs[rank].at})" for rank in ranks
+        )
+        hang = "hangs" if len(ranks) == 1 else "hang"
+        text = f"{named} {hang}: {why}, and the others have waited for {self._waited}"
+        return Suspicion(ranks=tuple(ranks), text=text)
+
+    def _silent_store(self) -> Suspicion | None:
         if self._keeper in (None, self._rank):
             return None
         text = f"rank {self._keeper} hangs: it keeps the store where the ranks meet, and has not"
-        return Suspicion(ranks=(self._keeper,), text=f"{text} answered for {waited}")
-
-
-def _named(ranks: Sequence[int], signs: Mapping[int, Sign], why: str) -> str:
-    named = "; ".join(f"rank {rank} ({signs[rank].process}, at {signs[rank].at})" for rank in ranks)
-    return f"{named} {'hangs' if len(ranks) == 1 else 'hang'}: {why}"
+        return Suspicion(ranks=(self._keeper,), text=f"{text} answered for {self._waited}")
 
 
 def moved(last: Sign, sign: Sign, *, least: float) -> bool:
@@ -262,7 +262,7 @@ def suspects(before: Mapping[int, Sign], signs: Mapping[int, Sign]) -> tuple[Seq
     behind = [r for r, sign in signs.items() if sign.meetings < furthest]
     at_work = [r for r, sign in signs.items() if not sign.waits]
     for ranks, why in (
-        (stopped, "its process has shown no sign of life"),
+        (stopped, NO_SIGN),
         (behind, "it has not come to where the others wait"),
         (at_work, "it is not where the others wait"),
     ):

@@ -54,12 +54,12 @@ def _loaded(ranks: Ranks, recipe: Recipe, teacher: Path, met: Path) -> Loaded:
     met.mkdir(parents=True, exist_ok=True)
     own_initial = module.initial_student
     gc.collect()
-    before = bytes_held()
+    gc.freeze()  # what was there before is looked at no more
 
     def initial(*args: Any) -> Any:
         began = time.monotonic()
         student = own_initial(*args)
-        seen.whole = bytes_held() - before
+        seen.whole = bytes_held()
         seen.held.append((began, seen.whole))  # at most so much, all along
         (met / str(ranks.rank)).touch()
         until = time.monotonic() + CHANCE
@@ -72,7 +72,7 @@ def _loaded(ranks: Ranks, recipe: Recipe, teacher: Path, met: Path) -> Loaded:
     def in_turn(self: Ranks, work: Callable[[], Any]) -> Any:
         def noted() -> Any:
             found = work()
-            seen.held.append((time.monotonic(), bytes_held() - before))
+            seen.held.append((time.monotonic(), bytes_held()))
             return found
 
         assert own_in_turn is not None
@@ -84,7 +84,7 @@ def _loaded(ranks: Ranks, recipe: Recipe, teacher: Path, met: Path) -> Loaded:
         if own_in_turn is not None:
             patches.enter_context(patch.object(Ranks, "in_turn", in_turn))
         model, root = module.placed(job, teacher, device=torch.device("cpu"), dtype=torch.float32)
-    seen.held.append((time.monotonic(), bytes_held() - before))
+    seen.held.append((time.monotonic(), bytes_held()))
     seen.prints = prints(model)
     seen.said = progress.said
     del model, root
@@ -92,7 +92,7 @@ def _loaded(ranks: Ranks, recipe: Recipe, teacher: Path, met: Path) -> Loaded:
 
 
 def bytes_held() -> int:
-    """Of all tensors of this process, each piece of memory once."""
+    """Of all tensors since the last freeze, each piece of memory once."""
     pieces = {}
     for thing in gc.get_objects():
         if isinstance(thing, torch.Tensor):

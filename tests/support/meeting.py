@@ -1,7 +1,8 @@
 """Faults at a step of one rank of a training: for what is done about ranks.
 
 `FAULT` in the environment is `<what>:<rank>:<step>`; it comes once, or each time where `<what>`
-ends with `!`. Step 0 is where the student is loaded. Each rank notes into the folder of the training what it is told.
+ends with `!`. Step 0 is where the student is loaded. Each rank notes into the folder of the
+training what it is told.
 """
 
 import os

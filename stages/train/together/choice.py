@@ -119,7 +119,8 @@ def least_free(ranks: Ranks, device: torch.device) -> int | None:
     if device.type != "cuda":
         return None
     free, _ = torch.cuda.mem_get_info(device)
-    return min(ranks.all(free))
+    least: int = min(ranks.all(free))
+    return least
 
 
 def asked_for(sharding: str, ranks: Ranks, free: int | None) -> Held | None:

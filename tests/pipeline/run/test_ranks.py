@@ -121,7 +121,7 @@ def test_a_rank_that_is_killed_ends_all_and_all_go_on_from_the_checkpoint(
     ("fault", "code", "said"),
     [
         ("kill", 0, "train: the process of rank 0 died (exit status -9"),
-        ("wait", 0, "hangs: the others wait for it, and its process has computed nothing"),
+        ("wait", 0, "hangs: its process has computed nothing, and the others have waited"),
         ("error", 2, "error: checkpoint: holds something else"),
     ],
 )

@@ -290,15 +290,14 @@ class Ranks:
 
     def _paper(self, store: Any, name: str) -> bytes:
         """What is written under a name, once it is; or what a rank has failed with, raised."""
-        from torch.distributed import DistStoreError
-
-        while True:
-            with suppress(DistStoreError):  # not yet
-                store.wait([name], timedelta(seconds=1))
-                found: bytes = store.get(name)
-                return found
+        pause = 0.001  # most are there soon; and a wait of torch's own logs that it ended
+        while not store.check([name]):
             if store.check([_FAILED]):
                 raise self._failure(json.loads(store.get(_FAILED)))
+            time.sleep(pause)
+            pause = min(2 * pause, _LOOK_SECONDS)
+        found: bytes = store.get(name)
+        return found
 
     def _failure(self, told: Mapping[str, Any]) -> Exception:
         self._store.add(f"{_FAILED}-read", 1)

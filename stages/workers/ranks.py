@@ -301,6 +301,8 @@ class Ranks:
 
     def _failure(self, told: Mapping[str, Any]) -> Exception:
         self._store.add(f"{_FAILED}-read", 1)
+        if self.first:
+            self._until_read(_FAILED)
         if not told["own"]:
             return Lost(f"rank {told['rank']} of {self.count} has failed ({told['said']})")
         error = NotTogether(told["said"]) if told["alone"] else StillroomError(told["said"])
@@ -325,9 +327,10 @@ class Ranks:
                     "alone": isinstance(error, NotTogether),
                     "exit_code": getattr(error, "exit_code", 1),
                 }
-                self._store.compare_set(_FAILED, "", json.dumps(told))
-                if own:
-                    self._until_read(_FAILED)
+                with suppress(RuntimeError):  # the store is gone with the process that kept it
+                    self._store.compare_set(_FAILED, "", json.dumps(told))
+                    if own:
+                        self._until_read(_FAILED)
                 raise
 
     def heard(self) -> None:

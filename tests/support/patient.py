@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from contextlib import suppress
 from typing import Any
 
 from together import Left
@@ -30,7 +31,8 @@ def waited_for(ranks: Ranks, seconds: float, how: str, victim: int, fault: str) 
     except Exception as error:
         found = {"error": type(error).__name__, "said": str(error), "lost": ranks.lost(error)}
         if ranks.rank != victim and found["lost"]:
-            os.kill(pids[victim], signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.kill(pids[victim], signal.SIGKILL)
     return Left(found | {"began": began}) if "error" in found else found | {"began": began}
 
 

@@ -46,37 +46,37 @@ def placed(
     ranks, half = job.ranks, dtype == torch.bfloat16
     ranks.meet()  # one may have had files to fetch before
     free = least_free(ranks, device)
-    held, model = asked_for(job.recipe.compute.sharding, ranks, free), None
+    held = asked_for(job.recipe.compute.sharding, ranks, free)
+    model: Any = None
 
-    def made() -> Any:
-        return _made(job, teacher_dir) if model is None else model
+    def load() -> None:
+        nonlocal model
+        model = _made(job, teacher_dir) if model is None else model
 
     if held is None:  # its size tells
 
         def choose() -> str:
-            nonlocal model
-            model = made()
+            load()
             return chosen(model, job.train, ranks, free, half=half)
 
         held = ranks.by_first(choose)
 
     def part() -> Root:
-        student = made()
-        keeps = keeps_gradients(student, job.train, ranks, free, half=half)
-        root = sharded(student, ranks, device, dtype, keeps=keeps)
+        load()
+        keeps = keeps_gradients(model, job.train, ranks, free, half=half)
+        root = sharded(model, ranks, device, dtype, keeps=keeps)
         gc.collect()  # the next rank needs the memory of what was cut
         return root
 
-    root: Root | None
+    root, how = None, "each has all of the student"
     if held == "fsdp2":
-        root = ranks.in_turn(part)
-        how = "each has a part of every weight"
+        root, how = ranks.in_turn(part), "each has a part of every weight"
     else:
-        root, model, how = None, made().to(device), "each has all of the student"
-        ranks.meet()  # files are read faster by some than by others
+        ranks.each(load)
+        model = model.to(device)
     if ranks.count > 1:
         job.progress.say(f"{ranks.count} ranks train together: {how} ({held})")
-    return (model, None) if root is None else (root.student, root)
+    return model, root
 
 
 def _made(job: Job, teacher_dir: Path) -> Any:

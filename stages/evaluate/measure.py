@@ -85,10 +85,6 @@ def measure_arms(
 ) -> None:
     """All arms, one model at a time, into `found`."""
     with job.clock.span("start"):
-        import torch
-
-        from ..models.students.lora import merged
-
         room = module_of(job.recipe.run.task, __package__)
         task: Measuring = room.Measuring(job, held_out)
     questions = len(quiz.questions) if quiz else 0
@@ -100,12 +96,8 @@ def measure_arms(
     job.progress.start(total=(held_out.rows + questions) * len(students), unit="rows")
     for arm, load in students.items():
         with job.clock.span("start"):
-
-            def placed(load: "Callable[[], nn.Module]" = load) -> Any:
-                whole: Any = merged(load())
-                return whole.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-
-            model = job.ranks.in_turn(placed) if in_turn else placed()
+            place = partial(_placed, load)
+            model = job.ranks.in_turn(place) if in_turn else place()
             measure_row = task.of_student(model)
         found.tallies[arm] = _student_tally(
             job, held_out, measure_row, task.tally(), view=found.views.arm(arm), arm=arm
@@ -118,6 +110,15 @@ def measure_arms(
             with job.clock.span("model"):
                 found.gradients[arm] = job.ranks.by_first(partial(task.gradient, model, arm))
         del model, measure_row  # before the next one is loaded
+
+
+def _placed(load: "Callable[[], nn.Module]") -> Any:
+    import torch
+
+    from ..models.students.lora import merged
+
+    model: Any = merged(load())
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
 def _loads_in_turn(job: Job) -> bool:

@@ -17,7 +17,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from ...storage.errors import NotTogether, StillroomError, in_short
-from .watch import Lost, Suspicion, Watch
+from .watch import Lost, Suspicion, Watch, threads
 
 if TYPE_CHECKING:
     import torch
@@ -107,6 +107,7 @@ class Ranks:
         from torch.distributed.rendezvous import rendezvous
 
         seconds = seconds or float(os.environ.get(WAIT, WAIT_SECONDS))
+        before = threads()
         # Addresses of ranks that died stay in torchrun's store: each attempt has names of its own.
         store, _, _ = next(rendezvous("env://", timeout=timedelta(days=7)))
         self._store = PrefixStore(f"attempt-{os.environ.get(ATTEMPT, 0)}", store)
@@ -123,6 +124,7 @@ class Ranks:
             world_size=self.count,
             timeout=timedelta(seconds=seconds),
         )
+        self._watch.serve = threads() - before
 
     def close(self) -> None:
         """Part from the others, where all has gone well."""

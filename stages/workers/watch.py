@@ -15,7 +15,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
 from contextlib import contextmanager
@@ -30,10 +30,11 @@ FIRST, LAST = 0.5, 0.9
 COMPUTES = 1 / 500
 """Of that time, seconds of a processor that a rank at work takes at least.
 
-A process that hangs takes less: that of its threads which look whether there is something to do.
+A process that hangs takes less, where threads that serve the ranks are left out.
 """
 NO_SIGN = "its process has shown no sign of life"
 _LOOK_SECONDS = 0.2
+_THREADS = Path("/proc/self/task")
 
 T = TypeVar("T")
 Does = Literal["meets", "works", "waits"]
@@ -56,7 +57,7 @@ class Sign:
     """Whether that is one of torch's, as of all that wait in a collective."""
     does: Does = "meets"
     computed: float = 0.0
-    """Seconds of a processor, all threads but those of the watch."""
+    """Seconds of a processor, all threads but those that serve the ranks."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,7 +85,8 @@ class Watch:
         self._before: Mapping[int, Sign] | None = None
         self._does: Does = "meets"
         self._last: dict[int, tuple[Sign, float]] = {}
-        self._spent = dict.fromkeys(("ask", "judge"), 0.0)
+        self.serve: Collection[str] = ()
+        """Threads that go on where the rank hangs: the watch, the store, torch's connections."""
         self._over = threading.Event()
         self.suspicion: Suspicion | None = None
         """Since the last meeting."""
@@ -161,7 +163,6 @@ class Watch:
             except RuntimeError:  # the store is gone with the process that kept it
                 return self.end()
             self._answered = time.monotonic()
-            self._spent["ask"] = time.thread_time()
 
     def _write(self) -> None:
         self._beats += 1
@@ -173,7 +174,7 @@ class Watch:
             at=at,
             waits=waits,
             does=self._does,
-            computed=time.process_time() - sum(self._spent.values()),
+            computed=time.process_time() - sum(map(_seconds_of, self.serve)),
         )
         self._store.set(f"sign-{self._rank}", json.dumps(asdict(sign)))
 
@@ -200,7 +201,6 @@ class Watch:
                 self.suspicion = found
                 if self._suspect is not None:
                     self._suspect(found)
-            self._spent["judge"] = time.thread_time()
 
     def _idle(self, signs: Mapping[int, Sign]) -> Suspicion | None:
         """Who has done nothing for as long as a collective waits, while this rank waits for it."""
@@ -269,6 +269,22 @@ def suspects(before: Mapping[int, Sign], signs: Mapping[int, Sign]) -> tuple[Seq
         if 0 < len(ranks) < len(signs):
             return ranks, why
     return [], ""
+
+
+def threads() -> set[str]:
+    """Those of this process, as Linux numbers them; none elsewhere."""
+    try:
+        return set(os.listdir(_THREADS))
+    except OSError:
+        return set()
+
+
+def _seconds_of(thread: str) -> float:
+    """Of a processor."""
+    try:
+        return int((_THREADS / thread / "schedstat").read_text().split()[0]) / 1e9
+    except OSError:
+        return 0.0
 
 
 def _place() -> tuple[str, bool]:

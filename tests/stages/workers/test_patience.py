@@ -17,6 +17,7 @@ CASES = {
     "one busy": ("each", 1, "busy"),
     "one busy, in turn": ("in_turn", 0, "busy"),
     "first idle": ("by_first", 0, "idle"),
+    "first stopped": ("by_first", 0, "stop"),
     "one idle, in turn": ("in_turn", 1, "idle"),
     "one stopped, in turn": ("in_turn", 1, "stop"),
     "one killed, in turn": ("in_turn", 1, "kill"),
@@ -59,6 +60,12 @@ def test_a_rank_that_hangs_is_named(told: dict[str, list[Any]], name: str, why: 
     assert any(f"hangs: its process has {why}, and the others" in text for text in named), named
     if "in turn" in name:
         assert [one["began"] for one in others] == [[0], []]
+
+
+def test_a_rank_that_hangs_with_the_store_is_named(told: dict[str, list[Any]]) -> None:
+    victim, *others = told["first stopped"]
+    assert victim is None
+    assert any("rank 0 hangs: it keeps the store" in one["lost"] for one in others), others
 
 
 def test_what_one_fails_with_all_raise_and_none_begins(told: dict[str, list[Any]]) -> None:

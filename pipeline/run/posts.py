@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ...stages.ledger.books import SMALLEST_BLOCK
 from ...stages.recipe.engines import gpus_of
-from ...stages.recipe.run_folder import LOGS
+from ...stages.recipe.run_folder import ALONE, LOGS
 from ...stages.recipe.sections import Recipe
 from ...stages.recipe.stages import file_name, needed, stage_named
 from ...stages.workers.devices import (
@@ -64,6 +64,16 @@ def environments(recipe: Recipe, line: StagePlan) -> list[dict[str, str]]:
     )
 
 
+def why_alone(recipe: Recipe, plan: Plan, name: str) -> str | None:
+    """Why one process does a stage that several had begun and cannot do; None: nothing is known."""
+    arm = stage_named(name).arm
+    folder = plan.train_dirs.get(arm) if arm else None
+    if folder is None or recipe.compute.processes != "auto":
+        return None
+    said = folder / ALONE
+    return said.read_text() if said.is_file() else None
+
+
 def _asks_an_endpoint(recipe: Recipe, line: StagePlan) -> bool:
     writes = stage_named(line.name).loads == "author"
     return writes and recipe.generate is not None and recipe.generate.remote
@@ -90,7 +100,9 @@ def worker_notes(recipe: Recipe, plan: Plan) -> Iterator[str]:
                 "(generate.concurrency)"
             )
         workers = environments(plan.teacher_of(line.name).recipe, line)
-        if len(workers) > 1:
+        if len(workers) > 1 and (why := why_alone(recipe, plan, line.name)):
+            yield f"{line.name}: one process does it alone. {why}"
+        elif len(workers) > 1:
             gpus = [one[VISIBLE] for one in workers if VISIBLE in one]
             on = f", on GPUs {' | '.join(gpus)}" if gpus else ""
             meets = stage_named(line.name).meets

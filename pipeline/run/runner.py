@@ -16,6 +16,7 @@ import psutil
 
 from ...stages.models.students.factory_file import refuse_code
 from ...stages.recipe.run_folder import (
+    ALONE,
     EVALUATED,
     LATEST,
     LOGS,
@@ -43,7 +44,7 @@ from ..report.report import results_table, write_report
 from .advised import advice_of
 from .crew import Crew
 from .jobs import asked_recipe, stage_message
-from .posts import environments, post, worker_notes
+from .posts import environments, post, why_alone, worker_notes
 from .ranked import RankedCrew
 from .screen import Screen
 from .status import facts
@@ -263,6 +264,7 @@ def _started(
     The `number` is the runner's; `alone` lets it start one, whatever is here.
     """
     message, asked = stage_message(recipe, plan, name), asked_recipe(recipe, plan, name)
+    alone = alone or why_alone(recipe, plan, name) is not None
     first, *more = [{}] if alone else environments(asked, plan.line(name))
     with ExitStack() as numbers:
         posts = [post(recipe, name, first, number=number)]
@@ -279,6 +281,7 @@ def _started(
                 if recipe.compute.processes != "auto":
                     raise
                 # The recipe asks for no number, and the loaded student alone tells this one.
+                LocalFiles(training).replace(ALONE, str(error).encode())
                 screen.say(f"{name}: one process does it alone. {error}")
                 posts = [post(recipe, name, {}, number=number)]
         return Crew(message, posts, run_dir=run_dir, screen=screen).finish()

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import numpy as np
 
 from ...storage.tables.soft_targets import SoftTargets
+from ..recipe.run_folder import TRAINED, read_record
 from ..recipe.tasks import module_of
 from ..workers.job import Job
 from .held_out import HeldOut
@@ -84,22 +85,19 @@ def measure_arms(
 ) -> None:
     """All arms, one model at a time, into `found`."""
     with job.clock.span("start"):
-        import torch
-
-        from ..models.students.lora import merged
-
         room = module_of(job.recipe.run.task, __package__)
         task: Measuring = room.Measuring(job, held_out)
     questions = len(quiz.questions) if quiz else 0
     if held_out.scored:
         found.tallies["teacher"] = _teacher_tally(job, held_out, task, found.views)
+    in_turn = _loads_in_turn(job)
     # The teacher's rows need no pass of a model: counted with the others they would make the time
     # left look short.
     job.progress.start(total=(held_out.rows + questions) * len(students), unit="rows")
     for arm, load in students.items():
         with job.clock.span("start"):
-            model: Any = merged(load())
-            model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+            place = partial(_placed, load)
+            model = job.ranks.in_turn(place) if in_turn else place()
             measure_row = task.of_student(model)
         found.tallies[arm] = _student_tally(
             job, held_out, measure_row, task.tally(), view=found.views.arm(arm), arm=arm
@@ -112,6 +110,34 @@ def measure_arms(
             with job.clock.span("model"):
                 found.gradients[arm] = job.ranks.by_first(partial(task.gradient, model, arm))
         del model, measure_row  # before the next one is loaded
+
+
+def _placed(load: "Callable[[], nn.Module]") -> Any:
+    import torch
+
+    from ..models.students.lora import merged
+
+    model: Any = merged(load())
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def _loads_in_turn(job: Job) -> bool:
+    """Whether the ranks of a machine load a student one after another, onto their GPUs.
+
+    One that was sharded while it trained may be too large for the memory of the machine to hold it
+    once for each of them.
+    """
+    import torch
+
+    if job.ranks.count == 1 or not torch.cuda.is_available():
+        return False
+
+    def sharded() -> bool:
+        trained = read_record(job.train_dirs["student"] / TRAINED)
+        return trained.get("sharding") == "fsdp2"
+
+    found: bool = job.ranks.by_first(sharded)
+    return found
 
 
 def _in_order(

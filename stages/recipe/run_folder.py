@@ -10,6 +10,7 @@
         adapter/            its LoRA alone, where the recipe keeps it
         checkpoints/        how far it has come; deleted but for the last and the best
         tokens_per_pass     what fits into memory, where less does than the recipe asks for
+        alone               why one process trains it, where several were begun and cannot
         train.json          written last: its existence means trained
         evaluation.json     written last: its existence means judged; of the arm `student` alone
 
@@ -38,6 +39,7 @@ CHECKPOINTS = "checkpoints"
 COMPLETE = "state.json"
 """Written last into the folder of a checkpoint."""
 TOKENS_PER_PASS = "tokens_per_pass"
+ALONE = "alone"
 TRAINED = "train.json"
 EVALUATED = "evaluation.json"
 

@@ -111,12 +111,14 @@ class Checkpoints:
 
     def _refuse_damaged(self, step: int, files: list[dict[str, str]]) -> None:
         """Each rank reads its part of the files; all raise where one of them is damaged."""
-        damaged = []
-        for number in self._ranks.part(len(files)):
-            path = self._files.path(files[number]["name"])
-            if not path.is_file() or file_sha256(path) != files[number]["sha256"]:
-                damaged.append(path)
-        for path in (path for of_rank in self._ranks.all(damaged) for path in of_rank):
+
+        def damaged() -> list[Path]:
+            mine = [files[number] for number in self._ranks.part(len(files))]
+            paths = [(self._files.path(file["name"]), file["sha256"]) for file in mine]
+            return [p for p, right in paths if not p.is_file() or file_sha256(p) != right]
+
+        # One file of one process may be all there is: others wait for whoever reads it.
+        for path in (path for of_rank in self._ranks.each(damaged) for path in of_rank):
             raise IntegrityError(
                 f"{path}: the checkpoint is damaged (its sha256 is not the recorded one). Delete "
                 f"{self._files.path(self._folder(step))} {_GO_ON}."

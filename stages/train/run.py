@@ -351,32 +351,32 @@ class Run:
 
     def _finish(self) -> None:
         """Write the student (the best where validated, else the last), then `train.json`."""
+        from .together.student import made_whole
+
         self._save()
         record, trainer, disk = self._record, self._trainer, self._job.clock.span("disk")
         if record.best is not None and record.best["step"] != record.cursor.step:
             with disk:
                 trainer.load_weights(self._checkpoints.tensors(record.best["step"]))
-        with disk:
-            state = trainer.whole_state()
-        if self._ranks.first:
-            self._write(state)
-        self._ranks.told_in_time()  # that it is there
+        plain: nn.Module | None = None
+        if trainer.sharded:
+            with disk:
+                plain = made_whole(self._job, self._teacher_dir, trainer.model)
+        self._ranks.by_first(lambda: self._write(plain))
         self._ranks.any(False)  # the first rank may keep the store where that is told: it goes last
 
-    def _write(self, state: dict[str, Any] | None) -> None:
-        """The first rank's part of `_finish`. `state`: what trained, of a sharded student."""
+    def _write(self, plain: "nn.Module | None") -> None:
+        """The first rank's part of `_finish`. `plain`: a sharded student, gathered."""
         from ..models.students.saving import save_student
-        from .together.student import made_whole
 
         record, trainer, job = self._record, self._trainer, self._job
         parameters = sum(weight.numel() for weight in trainer.model.parameters())
         trained = sum(weight.numel() for weight in trainer.weights().values())
-        lora, model = job.student.lora, trainer.model
+        lora, ranks = job.student.lora, self._ranks.count
+        held = "fsdp2" if trainer.sharded else "ddp"
         with job.clock.span("disk"):
-            if state is not None:
-                model = made_whole(job, self._teacher_dir, state)
             saved = save_student(
-                model,
+                trainer.model if plain is None else plain,
                 job.recipe,
                 teacher_dir=self._teacher_dir,
                 folder=self._files.path(STUDENT),
@@ -395,6 +395,6 @@ class Run:
             "trained_parameters": trained,
             "saved_dtype": saved.dtype,
             "notes": [*self._left_out, *saved.notes],
-            **({"ranks": self._ranks.count} if self._ranks.count > 1 else {}),
+            **({"ranks": ranks, "sharding": held} if ranks > 1 else {}),
         } | record.summary()
         self._files.put_if_absent(TRAINED, json.dumps(summary, indent=1).encode() + b"\n")

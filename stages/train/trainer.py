@@ -32,7 +32,7 @@ from .shards import Stored
 from .together.dealt import Dealt
 from .together.gradients import clipped, make_alike, refuse_changed, sum_gradients
 from .together.means import Losses, StepResult, means_of, sums_of
-from .together.root import Root, loss_of, reshard, synchronise, whole_state
+from .together.root import Root, loss_of, reshard, synchronise
 from .together.rounds import rounds
 from .together.smaller import OutOfMemory
 
@@ -246,11 +246,10 @@ class Trainer:
             **_under("optimizer", optimizer_state(self.optimizer, self._trained_by_name())),
         }
 
-    def whole_state(self) -> dict[str, Any] | None:
-        """What trained of a sharded student, whole, on rank 0; None: no shards. All ranks ask."""
-        if self._root is None:
-            return None
-        return whole_state(self.model)
+    @property
+    def sharded(self) -> bool:
+        """Whether each rank has a part of every weight."""
+        return self._root is not None
 
     def load_state(self, stored: Stored) -> None:
         """Go on from a checkpoint of `state`; all ranks call it."""

@@ -10,14 +10,14 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from ...storage.errors import StillroomError, in_short
-from .watch import Suspicion, Watch
+from ...storage.errors import NotTogether, StillroomError, in_short
+from .watch import Lost, Suspicion, Watch, threads
 
 if TYPE_CHECKING:
     import torch
@@ -34,6 +34,10 @@ WAIT = "STILLROOM_RANK_SECONDS"
 """Another number of seconds for that."""
 _LOOK_SECONDS = 0.2
 _SPEAK_SECONDS = 5.0
+_FAILED = "failed"
+"""The paper that says why a rank has ended in work that others wait for."""
+
+T = TypeVar("T")
 
 
 def on_this_machine(rank: int, *, count: int, port: int) -> dict[str, str]:
@@ -83,7 +87,10 @@ class Ranks:
 
     _store: Any = field(default=None, repr=False, compare=False)
     _watch: Watch | None = field(default=None, repr=False, compare=False)
+    _asked: Any = field(default=None, repr=False, compare=False)
+    """The store by another connection: a question there may wait for its answer."""
     _papers: int = field(default=0, repr=False, compare=False)
+    _meetings: int = field(default=0, repr=False, compare=False)
 
     def open(
         self, *, seconds: float | None = None, suspect: Callable[[Suspicion], None] | None = None
@@ -100,12 +107,14 @@ class Ranks:
         from torch.distributed.rendezvous import rendezvous
 
         seconds = seconds or float(os.environ.get(WAIT, WAIT_SECONDS))
+        before = threads()
         # Addresses of ranks that died stay in torchrun's store: each attempt has names of its own.
         store, _, _ = next(rendezvous("env://", timeout=timedelta(days=7)))
         self._store = PrefixStore(f"attempt-{os.environ.get(ATTEMPT, 0)}", store)
         gpus = torch.cuda.device_count()
         if gpus:
             torch.cuda.set_device(self.local % gpus)
+        self._asked = self._store.clone()
         self._watch = Watch(self._store.clone(), rank=self.rank, count=self.count, seconds=seconds)
         self._watch.begin(suspect, keeper=None if os.environ.get(KEPT_BY_LAUNCHER) else 0)
         distributed.init_process_group(
@@ -115,6 +124,7 @@ class Ranks:
             world_size=self.count,
             timeout=timedelta(seconds=seconds),
         )
+        self._watch.serve = threads() - before
 
     def close(self) -> None:
         """Part from the others, where all has gone well."""
@@ -133,6 +143,8 @@ class Ranks:
         """
         if self.count == 1:
             return None
+        if isinstance(error, Lost):
+            return str(error)
         from torch.distributed import DistError
 
         if not isinstance(error, DistError) and "gloo/" not in str(error):
@@ -189,9 +201,12 @@ class Ranks:
         return told[0]
 
     def told_in_time(self, what: Any = None) -> Any:
-        """What the first rank has, as JSON, however long it takes to make it.
+        """What the first rank has, as JSON, however long it works to make it.
 
         Nobody waits in a collective.
+
+        Raises:
+            Lost: the first rank hangs, or has failed.
         """
         if self._store is None:
             return what
@@ -200,23 +215,22 @@ class Ranks:
         if self.first:
             self._store.set(name, json.dumps(what))
             return what
-        while not self._store.check([name]):
-            self._come(further=False)
-            time.sleep(_LOOK_SECONDS)
-        told = json.loads(self._store.get(name))
+        told = json.loads(self._patiently(lambda store: self._paper(store, name)))
         self._store.add(f"{name}-read", 1)
         return told
 
     def each(self, work: Callable[[], Any]) -> list[Any]:
-        """What `work` gives each rank, by its number.
+        """What `work` gives each rank, by its number, however long it takes some of them.
 
         Where it raises a StillroomError on one, all raise it.
         """
         found, failed = None, None
-        try:
-            found = work()
-        except StillroomError as error:
-            failed = error
+        with self._by_itself():
+            try:
+                found = work()
+            except StillroomError as error:
+                failed = error
+        self.meet()
         parts = self.all((found, failed))
         for told in (failed, *(of_rank for _, of_rank in parts)):
             if told is not None:
@@ -226,35 +240,112 @@ class Ranks:
     def by_first(self, work: Callable[[], Any]) -> Any:
         """What `work` gives the first rank, as JSON.
 
-        The others do none of it and wait however long it takes.
-
-        Where it raises a StillroomError, all raise one.
+        The others do none of it and wait however long it takes. Where it raises a StillroomError,
+        all raise one.
         """
-        found: dict[str, Any] = {}
-        failed: StillroomError | None = None
+        found = None
         if self.first:
+            with self._by_itself():
+                found = work()
+        return self.told_in_time(found)
+
+    def in_turn(self, work: Callable[[], T]) -> T:
+        """What `work` gives this rank, where those of a machine do it one after another.
+
+        Machines work side by side, and the ranks wait until all have done it. Where it raises a
+        StillroomError on one, all raise one, and none begins.
+        """
+        if self.count == 1:
+            return work()
+        self.meet()
+        machines = self.all(socket.gethostname())
+        here = [rank for rank in range(self.count) if machines[rank] == machines[self.rank]]
+        turn = here.index(self.rank)
+        self._meetings += 1
+        name = f"turn-{self._meetings}"
+        if turn:
+            self._patiently(lambda store: self._paper(store, f"{name}-{here[turn - 1]}"))
+        with self._by_itself():
+            found = work()
+        self._store.set(f"{name}-{self.rank}", "done")
+        self.meet()
+        return found
+
+    def meet(self) -> None:
+        """Wait until all have come here, however long they work before."""
+        if self.count == 1:
+            return
+        self._meetings += 1
+        name = f"meeting-{self._meetings}"
+
+        def come(store: Any) -> None:
+            if store.add(name, 1) == self.count:
+                store.set(f"{name}-all", "come")
+            self._paper(store, f"{name}-all")
+
+        self._patiently(come)
+
+    def _patiently(self, ask: Callable[[Any], T]) -> T:
+        """What `ask` gives of the store; it may wait there for others, who are watched."""
+        assert self._watch is not None
+        return self._watch.until(lambda: ask(self._asked))
+
+    def _paper(self, store: Any, name: str) -> bytes:
+        """What is written under a name, once it is; or what a rank has failed with, raised."""
+        pause = 0.001  # most are there soon; and a wait of torch's own logs that it ended
+        while not store.check([name]):
+            if store.check([_FAILED]):
+                raise self._failure(json.loads(store.get(_FAILED)))
+            time.sleep(pause)
+            pause = min(2 * pause, _LOOK_SECONDS)
+        found: bytes = store.get(name)
+        return found
+
+    def _failure(self, told: Mapping[str, Any]) -> Exception:
+        self._store.add(f"{_FAILED}-read", 1)
+        if self.first:
+            self._until_read(_FAILED)
+        if not told["own"]:
+            return Lost(f"rank {told['rank']} of {self.count} has failed ({told['said']})")
+        error = NotTogether(told["said"]) if told["alone"] else StillroomError(told["said"])
+        error.exit_code = told["exit_code"]
+        return error
+
+    @contextmanager
+    def _by_itself(self) -> Iterator[None]:
+        """Work for which others wait as long as it takes; they are told where it fails."""
+        if self._watch is None:
+            yield
+            return
+        with self._watch.does("works"):
             try:
-                found = {"found": work()}
-            except StillroomError as error:
-                failed, found = error, {"failed": str(error), "exit_code": error.exit_code}
-        found = self.told_in_time(found)
-        if failed is not None:
-            self.heard()
-            raise failed
-        if "failed" in found:
-            told = StillroomError(found["failed"])
-            told.exit_code = found["exit_code"]
-            raise told
-        return found["found"]
+                yield
+            except Exception as error:
+                own = isinstance(error, StillroomError)
+                told = {
+                    "rank": self.rank,
+                    "own": own,
+                    "said": str(error) if own else in_short(error),
+                    "alone": isinstance(error, NotTogether),
+                    "exit_code": getattr(error, "exit_code", 1),
+                }
+                with suppress(RuntimeError):  # the store is gone with the process that kept it
+                    self._store.compare_set(_FAILED, "", json.dumps(told))
+                    if own:
+                        self._until_read(_FAILED)
+                raise
 
     def heard(self) -> None:
         """Wait a little until all have read what was told last.
 
         The store may end with this process.
         """
+        self._until_read(f"paper-{self._papers}")
+
+    def _until_read(self, name: str) -> None:
         deadline = time.monotonic() + _SPEAK_SECONDS
         while self._store is not None and time.monotonic() < deadline:
-            if self._store.add(f"paper-{self._papers}-read", 0) == self.count - 1:
+            if self._store.add(f"{name}-read", 0) == self.count - 1:
                 return
             time.sleep(_LOOK_SECONDS)
 
@@ -273,9 +364,9 @@ class Ranks:
         asking.join(_SPEAK_SECONDS)
         return not found or found[0] == str(self.rank).encode()
 
-    def _come(self, *, further: bool = True) -> None:
+    def _come(self) -> None:
         if self._watch is not None:
-            self._watch.come(further=further)
+            self._watch.come(further=True)
 
     def part(self, things: int) -> range:
         """This rank's numbers of so many things, dealt out one after the other."""

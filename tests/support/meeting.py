@@ -1,12 +1,15 @@
 """Faults at a step of one rank of a training: for what is done about ranks.
 
 `FAULT` in the environment is `<what>:<rank>:<step>`; it comes once, or each time where `<what>`
-ends with `!`. Each rank notes into the folder of the training what it is told.
+ends with `!`. Step 0 is where the student is loaded. Each rank notes into the folder of the
+training what it is told.
 """
 
 import os
 import signal
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 from running import two_gpus
 
@@ -40,19 +43,32 @@ def _noted(job: Job) -> StageResult:
         file.write(f"{os.getpid()} { {name: os.environ.get(name) for name in TOLD} }\n")
     done = (folder / CHECKPOINTS).glob(f"*/{COMPLETE}")
     _steps = max((int(path.parent.name.removeprefix("step-")) for path in done), default=0)
-    return _train(job)
+    from stillroom.stages.train.together import student
+
+    own = student.initial_student
+
+    def loaded(*args: Any) -> Any:
+        _perhaps(job, 0)
+        return own(*args)
+
+    with patch.object(student, "initial_student", loaded):
+        return _train(job)
 
 
 def _after_a_step(job: Job) -> None:
     global _steps
     _steps += 1
+    _perhaps(job, _steps)
+    _agreed_stop(job)
+
+
+def _perhaps(job: Job, now: int) -> None:
     what, rank, step = os.environ.get("FAULT", "none:0:0").split(":")
     fault = job.train_dirs[job.arm] / "fault"
-    if (job.ranks.rank, _steps) == (int(rank), int(step)):
+    if (job.ranks.rank, now) == (int(rank), int(step)):
         if what.endswith("!") or not fault.exists():
             fault.touch()
             _do(what.rstrip("!"), job)
-    _agreed_stop(job)
 
 
 def _do(what: str, job: Job) -> None:

@@ -82,10 +82,10 @@ class Group:
         return [process.exitcode for process in self.processes]
 
 
-def start(work: Callable[..., Any], *args: Any, ranks: int) -> Group:
+def start(work: Callable[..., Any], *args: Any, ranks: int, seconds: float = PATIENCE) -> Group:
     """Start `work(ranks, *args)`, a function of a module, in so many processes.
 
-    The processes know of one another.
+    The processes know of one another, and wait so many seconds for one another.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -94,7 +94,7 @@ def start(work: Callable[..., Any], *args: Any, ranks: int) -> Group:
     for rank in range(ranks):
         answer, theirs = _SERVER.Pipe(duplex=False)
         process = _SERVER.Process(
-            target=_rank, args=(rank, ranks, port, work, args, theirs), daemon=True
+            target=_rank, args=(rank, ranks, port, work, args, theirs, seconds), daemon=True
         )
         process.start()
         theirs.close()
@@ -118,6 +118,7 @@ def _rank(
     work: Callable[..., Any],
     args: Sequence[Any],
     answer: Connection,
+    seconds: float,
 ) -> None:
     import torch
 
@@ -130,7 +131,7 @@ def _rank(
         "MASTER_PORT": str(port),
     }
     ranks = Ranks.here()
-    ranks.open(seconds=PATIENCE)
+    ranks.open(seconds=seconds)
     found = work(ranks, *args)
     if isinstance(found, Left):
         answer.send(found.found)

@@ -20,7 +20,6 @@ import torch
 from torch import nn
 
 from ...losses.fused_linear import CHUNK_BYTES, DEVICE_CHUNK_BYTES
-from ...models.students.student import refuse_norms
 from ...recipe.sections import Train
 from ...workers.ranks import Ranks
 from .root import blocks
@@ -115,32 +114,41 @@ def _activations(student: Any, *, checkpointing: bool) -> int:
     return found
 
 
-def chosen(
-    student: nn.Module, asked: str, train: Train, ranks: Ranks, device: torch.device, *, half: bool
-) -> Held:
-    """Choose by what the ranks share a student: as asked, or for auto as it fits.
+def least_free(ranks: Ranks, device: torch.device) -> int | None:
+    """Free bytes of the device that has the fewest of all ranks' own; None: they are CPUs."""
+    if device.type != "cuda":
+        return None
+    free, _ = torch.cuda.mem_get_info(device)
+    least: int = min(ranks.all(free))
+    return least
 
-    Auto shards what does not fit on each of their devices.
+
+def asked_for(sharding: str, ranks: Ranks, free: int | None) -> Held | None:
+    """By what the ranks share a student, where that can be said without it; else None.
+
+    On CPUs auto shards nothing.
     """
     if ranks.count == 1:
         return "ddp"
-    refuse_norms(student)
-    if asked == "fsdp2":
-        return "fsdp2"
-    if asked == "ddp" or _fits(student, "ddp", train, ranks, device, half=half):
-        return "ddp"
-    return "fsdp2"
+    if sharding == "auto":
+        return "ddp" if free is None else None
+    return "fsdp2" if sharding == "fsdp2" else "ddp"
+
+
+def chosen(student: nn.Module, train: Train, ranks: Ranks, free: int | None, *, half: bool) -> Held:
+    """By what auto shares a student: it shards one that does not fit on each device."""
+    return "ddp" if _fits(student, "ddp", train, ranks, free, half=half) else "fsdp2"
 
 
 def keeps_gradients(
-    student: nn.Module, train: Train, ranks: Ranks, device: torch.device, *, half: bool
+    student: nn.Module, train: Train, ranks: Ranks, free: int | None, *, half: bool
 ) -> bool:
     """Whether a sharded student's gradients fit whole on each device during all of a step.
 
     They would stay from a step's first pass to its last.
     """
     whole = _numbers(student, trained=4, frozen=0)
-    return _fits(student, "fsdp2", train, ranks, device, half=half, beside=whole)
+    return _fits(student, "fsdp2", train, ranks, free, half=half, beside=whole)
 
 
 def _fits(
@@ -148,13 +156,13 @@ def _fits(
     held: Held,
     train: Train,
     ranks: Ranks,
-    device: torch.device,
+    free: int | None,
     *,
     half: bool,
     beside: int = 0,
 ) -> bool:
-    """On each rank's device; of a CPU it is not asked."""
-    if device.type != "cuda":
+    """On each rank's device, as all ranks find alike; of a CPU it is not asked."""
+    if free is None:
         return True
     needed = memory(
         student,
@@ -164,5 +172,4 @@ def _fits(
         half=half,
         checkpointing=train.gradient_checkpointing,
     )
-    free, _ = torch.cuda.mem_get_info(device)
-    return not ranks.any(needed.total + beside > MOST * free)
+    return needed.total + beside <= MOST * free

@@ -13,9 +13,9 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 
 from ....storage.errors import UsageError
 from ...losses.definition import Distilled
@@ -136,14 +136,33 @@ def reshard(root: Root | None) -> None:
         _module(root).reshard()
 
 
-def whole_state(student: nn.Module) -> dict[str, Any]:
-    """What trains of a sharded student, and its averages, whole and on the CPU.
+@torch.no_grad()
+def gather(student: nn.Module, into: nn.Module | None) -> list[str]:
+    """Copy what trains of a sharded student, and its averages, into a plain one.
 
-    The first rank has it, and all ranks ask for it.
+    The first rank has the plain one, and all ranks call it: weights come whole one after another.
+
+    Returns:
+        Names of weights that one of both has alone.
     """
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-    found: dict[str, Any] = get_model_state_dict(student, options=options)
-    return found
+    frozen = {
+        name
+        for name, weight in student.named_parameters(remove_duplicate=False)
+        if not weight.requires_grad
+    }
+    whole = {} if into is None else into.state_dict()
+    unlike = set(whole) - frozen
+    for name, tensor in student.state_dict().items():
+        if name in frozen or not isinstance(tensor, Tensor):
+            unlike.discard(name)
+            continue
+        found = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if name in unlike:
+            whole[name].copy_(found)
+            unlike.discard(name)
+        elif into is not None:
+            unlike.add(name)
+    return sorted(unlike)
 
 
 def synchronise(root: Root, last: bool) -> None:

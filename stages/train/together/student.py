@@ -3,7 +3,8 @@
 It is also said here how its samples become passes.
 """
 
-from collections.abc import Mapping, Sequence
+import gc
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,13 @@ from ....storage.files.local import LocalFiles
 from ....storage.store.store import Store
 from ...loader.passes import Passes, training_passes
 from ...loader.samples import Samples
-from ...models.students.student import initial_student
+from ...models.students.student import initial_student, refuse_norms
 from ...recipe.sections import Loss
 from ...targets.teaching import Teaching
 from ...workers.job import Job
 from ..features import make_matching
-from .choice import chosen, keeps_gradients
-from .root import Root, sharded
+from .choice import asked_for, chosen, keeps_gradients, least_free
+from .root import Root, gather, sharded
 from .smaller import smaller
 
 
@@ -42,37 +43,79 @@ def placed(
     Raises:
         UsageError: the student cannot be made, or cannot be shared so.
     """
-    ranks, sharding = job.ranks, job.recipe.compute.sharding
+    ranks, half = job.ranks, dtype == torch.bfloat16
+    ranks.meet()  # one may have had files to fetch before
+    free = least_free(ranks, device)
+    held = asked_for(job.recipe.compute.sharding, ranks, free)
+    model: Any = None
+
+    def load() -> None:
+        nonlocal model
+        model = _made(job, teacher_dir) if model is None else model
+
+    if held is None:  # its size tells
+
+        def choose() -> str:
+            load()
+            return chosen(model, job.train, ranks, free, half=half)
+
+        held = ranks.by_first(choose)
+
+    def part() -> Root:
+        load()
+        keeps = keeps_gradients(model, job.train, ranks, free, half=half)
+        root = sharded(model, ranks, device, dtype, keeps=keeps)
+        gc.collect()  # the next rank needs the memory of what was cut
+        return root
+
+    root, how = None, "each has all of the student"
+    if held == "fsdp2":
+        root, how = ranks.in_turn(part), "each has a part of every weight"
+    else:
+        ranks.each(load)
+        model = model.to(device)
+    if ranks.count > 1:
+        job.progress.say(f"{ranks.count} ranks train together: {how} ({held})")
+    return model, root
+
+
+def _made(job: Job, teacher_dir: Path) -> Any:
+    """All of the student, in the memory of the machine."""
     model: Any = initial_student(job.recipe, teacher_dir)
     if job.train.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    half = dtype == torch.bfloat16
-    held = chosen(model, sharding, job.train, ranks, device, half=half)
-    if ranks.count > 1:
-        how = "each has all of the student" if held == "ddp" else "each has a part of every weight"
-        job.progress.say(f"{ranks.count} ranks train together: {how} ({held})")
-    if held == "ddp":
-        return model.to(device), None
-    keeps = keeps_gradients(model, job.train, ranks, device, half=half)
-    root = sharded(model, ranks, device, dtype, keeps=keeps)
-    return root.student, root
+    if job.ranks.count > 1:
+        refuse_norms(model)
+    return model
 
 
-def made_whole(job: Job, teacher_dir: Path, state: Mapping[str, Any]) -> nn.Module:
-    """A sharded student as a plain one, in the memory of the machine. `state`: what trained, whole.
+def made_whole(job: Job, teacher_dir: Path, student: nn.Module) -> nn.Module | None:
+    """A sharded student as a plain one, in the memory of the machine of the first rank alone.
+
+    All ranks call it.
 
     Raises:
-        StillroomError: the state is not that of this student.
+        StillroomError: it is not the student that it began as.
     """
-    model = initial_student(job.recipe, teacher_dir)
-    trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
-    unknown = model.load_state_dict(state, strict=False).unexpected_keys
-    if wrong := [*sorted(trained - set(state)), *unknown]:
-        raise StillroomError(
-            "train: the gathered student has not the weights of the one that it began as "
-            f"({wrong[0]}). Its checkpoint is kept. Set compute.sharding to ddp, and run again."
-        )
-    return model
+    plain: nn.Module | None = None
+
+    def make() -> None:
+        nonlocal plain
+        plain = initial_student(job.recipe, teacher_dir)
+
+    job.ranks.by_first(make)
+    unlike = gather(student, plain)
+
+    def check() -> None:
+        if unlike:
+            raise StillroomError(
+                "train: the gathered student has not the weights of the one that it began as "
+                f"({unlike[0]}). Its checkpoint is kept. Set compute.sharding to ddp, and run "
+                "again."
+            )
+
+    job.ranks.by_first(check)
+    return plain
 
 
 def packed(

@@ -117,6 +117,25 @@ def test_a_rank_that_is_killed_ends_all_and_all_go_on_from_the_checkpoint(
     assert none_lives(recipe)
 
 
+@pytest.mark.parametrize(
+    ("fault", "code", "said"),
+    [
+        ("kill", 0, "train: the process of rank 0 died (exit status -9"),
+        ("wait", 0, "hangs: its process has computed nothing, and the others have waited"),
+        ("error", 2, "error: checkpoint: holds something else"),
+    ],
+)
+def test_a_fault_of_a_rank_that_loads_is_told_while_the_other_waits_for_its_turn(
+    recipe: Path, fault: str, code: int, said: str
+) -> None:
+    words = ("--set", "compute.sharding=fsdp2")
+    more = {"FAULT": f"{fault}:0:0", "STILLROOM_RANK_SECONDS": "8"}
+    errors = ended(begin(recipe, *words, **more), code)
+    assert errors.count(said) == (2 if fault == "wait" else 1)  # as it is seen, and as it ends all
+    assert errors.count("start again from the last checkpoint") == (code == 0)
+    assert none_lives(recipe)
+
+
 def test_three_starts_without_a_new_checkpoint_are_given_up(recipe: Path) -> None:
     errors = ended(begin(recipe, FAULT="kill!:1:5"), 1)
     assert errors.count("start again") == 2
@@ -219,4 +238,9 @@ def test_a_student_with_batch_norms_is_one_process_s_where_nobody_asked_for_more
     errors = ended(begin(recipe, before=on_two_gpus, CUDA_VISIBLE_DEVICES="GPU-a1,GPU-b2"))
     assert "train: one process does it alone" in errors
     assert [len(seen(recipe, rank)) for rank in (0, 1)] == [2, 1]
+    (folder(recipe) / "train.json").unlink()  # the same again, where it is known
+    errors = ended(begin(recipe, before=on_two_gpus, CUDA_VISIBLE_DEVICES="GPU-a1,GPU-b2"))
+    assert "train: one process does it alone" in errors
+    assert "train: 2 processes together" not in errors
+    assert [len(seen(recipe, rank)) for rank in (0, 1)] == [3, 1]
     assert none_lives(recipe)

@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from stillroom.pipeline.report import results
 from stillroom.pipeline.report.blocks import Bullets
-from stillroom.stages.evaluate import causal_lm, metrics
+from stillroom.stages.evaluate import causal_lm, measure, metrics
 from stillroom.stages.evaluate import stage as evaluate
 from stillroom.stages.evaluate.quiz import patterns
 from stillroom.stages.models.students import student
@@ -693,3 +694,27 @@ def test_plain_text_is_continued_from_a_prefix(world: World) -> None:
         assert any(text[: len(prompt) + len(reference)] == (*prompt, *reference) for text in whole)
         assert len(reference) <= 3
         assert sample["teacher"] is None
+
+
+@pytest.mark.parametrize(
+    ("gpus", "count", "sharding", "right"),
+    [
+        (True, 2, "fsdp2", True),
+        (True, 2, "ddp", False),
+        (True, 1, "fsdp2", False),
+        (False, 2, "fsdp2", False),
+    ],
+)
+def test_what_was_sharded_is_loaded_in_turn_onto_gpus(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    gpus: bool,
+    count: int,
+    sharding: str,
+    right: bool,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus)
+    (tmp_path / "train.json").write_text(json.dumps({"sharding": sharding}))
+    ranks = SimpleNamespace(count=count, by_first=lambda work: work())
+    job: Any = SimpleNamespace(ranks=ranks, train_dirs={"student": tmp_path})
+    assert measure._loads_in_turn(job) is right

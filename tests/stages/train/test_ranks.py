@@ -32,7 +32,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from stillroom.stages.loader.parts import part_of
 from stillroom.stages.loader.samples import Sample
 from stillroom.stages.models.fit.misfits import refuse_shared_norms
-from stillroom.stages.train.together.choice import memory, refuse_norms
+from stillroom.stages.models.students.student import refuse_norms
+from stillroom.stages.train.together.choice import memory
 from stillroom.stages.train.together.gradients import refuse_changed
 from stillroom.stages.train.together.smaller import OutOfMemory, leave, smaller
 from stillroom.stages.workers.ranks import Ranks

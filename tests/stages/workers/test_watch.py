@@ -3,7 +3,9 @@
 Nobody is named where nothing singles one out.
 """
 
-from stillroom.stages.workers.watch import Sign, suspects
+from dataclasses import replace
+
+from stillroom.stages.workers.watch import Sign, moved, suspects
 
 
 def sign(beats: int = 9, meetings: int = 5, *, waits: bool = True) -> Sign:
@@ -29,3 +31,18 @@ def test_nobody_is_named_where_all_are_alike() -> None:
     before = {0: sign(5), 1: sign(5)}
     assert named(before, {0: sign(), 1: sign()}) == []
     assert named(before, {0: sign(waits=False), 1: sign(waits=False)}) == []
+
+
+def test_nobody_is_named_by_those_who_work_or_meet_while_others_wait_for_work() -> None:
+    before = {0: sign(5), 1: sign(5), 2: sign(5)}
+    now = {0: sign(), 1: replace(sign(waits=False), does="works"), 2: sign(meetings=4)}
+    assert named(before, now) == []
+
+
+def test_who_is_waited_for_goes_on_while_it_lives_and_computes_or_waits_itself() -> None:
+    last = replace(sign(5), does="works", computed=1.0)
+    assert moved(last, replace(last, beats=6, computed=2.0), least=1.0)
+    assert not moved(last, replace(last, beats=6, computed=1.9), least=1.0)
+    assert moved(last, replace(last, beats=6, does="waits"), least=1.0)
+    for silent in ("works", "waits"):
+        assert not moved(last, replace(last, does=silent, computed=9.0), least=1.0)

@@ -15,6 +15,7 @@ from typing import Any
 import duckdb
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from ..errors import IntegrityError, StillroomError, UsageError
 from ..files.base import Files, explained, file_sha256
@@ -150,14 +151,16 @@ class Index:
 
     def _part(self, name: str, table: TableName, found: Indexed, *, first: int) -> str:
         """SQL: a view of the rows of one of the stores; its commits are counted from `first` on."""
-        self.register(f"newest_{name}", found.newest)
+        # A file beside the segments, not a table beside them: what DuckDB groups of a UNION ALL it
+        # holds in memory, and of files it spills to disk.
+        newest = Path(self._spill.name, f"{name}.parquet")
+        with explained("cannot write", newest):
+            pq.write_table(found.newest, newest)
+        paths = ", ".join(f"'{_quoted(path)}'" for path in (newest, *found.segments))
         columns = ", ".join(
             as_uuid(f.name) if f.type == KEY else f.name for f in segment_schema(table)
         )
-        select = f"SELECT {columns} FROM newest_{name}"
-        if found.segments:
-            paths = ", ".join(f"'{_quoted(path)}'" for path in found.segments)
-            select += f" UNION ALL SELECT {columns} FROM read_parquet([{paths}])"
+        select = f"SELECT {columns} FROM read_parquet([{paths}])"
         # The commits of a source are counted from `first` on.
         moved = f"* REPLACE (place + {place_of(first, 0)} AS place)" if first else "*"
         return f"CREATE VIEW {name} AS SELECT {moved} FROM ({select})"

@@ -6,6 +6,7 @@ Memory and disk are bounded.
 import hashlib
 import io
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -13,7 +14,8 @@ import pytest
 from stillroom.storage.errors import StillroomError, UsageError
 from stillroom.storage.store import limits, segments
 from stillroom.storage.store.index import Index
-from stillroom.storage.store.segments import Segments
+from stillroom.storage.store.segments import Indexed, Segments, segment_schema
+from stillroom.storage.store.store import Store
 
 
 def test_a_segment_of_other_rows_is_not_used(filled, monkeypatch):
@@ -59,3 +61,32 @@ def test_a_plan_holds_no_more_than_it_may_and_the_environment_says_how_much(fill
     monkeypatch.setenv("STILLROOM_SQL_MEMORY", "a lot")
     with pytest.raises(UsageError, match="STILLROOM_SQL_MEMORY: 'a lot' is no size"):
         Index(filled)
+
+
+def test_what_is_grouped_of_segments_and_newest_rows_goes_to_disk(filled, monkeypatch, tmp_path):
+    """A hash table of all keys takes twice what may be held."""
+    count, schema = 1_500_000, segment_schema("rejects")
+    keys = pa.Array.from_buffers(
+        pa.binary(16), count, [None, pa.py_buffer(np.random.default_rng(0).bytes(16 * count))]
+    )
+    given = {"place": pa.array(np.arange(count)), "prompt_key": keys, "tokens_key": keys}
+    rows = {f.name: given.get(f.name, pa.repeat(pa.scalar(None, f.type), count)) for f in schema}
+    for name in ("context_id", "reason"):
+        rows[name] = pa.repeat("a", count)
+    for name in ("sample_index", "limit_tokens"):
+        rows[name] = pa.repeat(pa.scalar(1, schema.field(name).type), count)
+    table = pa.table([rows[f.name] for f in schema], schema=schema)
+    pq.write_table(table.slice(5), segment := tmp_path / "segment.parquet", row_group_size=100_000)
+    found = Store.indexed
+
+    def indexed(store, name, **how):
+        if name != "rejects":
+            return found(store, name, **how)
+        return Indexed([], table.slice(0, 5), [segment])
+
+    monkeypatch.setattr(Store, "indexed", indexed)
+    monkeypatch.setenv("STILLROOM_SQL_MEMORY", "60MB")
+    index = Index(filled)
+    grouped = "SELECT prompt_key, sample_index, count(*) AS n FROM rejects GROUP BY ALL"
+    assert index.rows(f"SELECT count(*), sum(n) FROM ({grouped})") == [(count, count)]
+    index.close()

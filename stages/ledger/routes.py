@@ -53,10 +53,7 @@ def take_route(books: Books, one: OneTeacher) -> str:
         where = f"prompt_key IN ({rows})"
     books.index.execute(f"""
         CREATE OR REPLACE TEMP TABLE routed AS
-        SELECT DISTINCT tokens_key FROM (
-            SELECT tokens_key, prompt_key FROM judged
-            UNION ALL SELECT tokens_key, prompt_key FROM chosen WHERE NOT held_out)
-        WHERE {where}""")
+        SELECT DISTINCT tokens_key FROM texts WHERE {where}""")
     if one.budget_tokens is not None:
         _spend(books, one.budget_tokens)
     return "AND tokens_key IN (SELECT tokens_key FROM routed)"

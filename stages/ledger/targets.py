@@ -22,15 +22,14 @@ TOKEN_BYTES = 4
 AS_ASKED = f"""row_number() OVER (ORDER BY s.tokens, s.tokens_key) AS number,
             s.tokens * {TOKEN_BYTES} + s.scored::BIGINT * s.entries * 8 AS bytes"""
 """SQL: where a row of `scored` is among those asked for, and about what its targets take."""
-PART_ROWS = 2_000_000  # rows whose equal tokens are looked for at once
 
 
 def choose_generations(books: Books, *, author_id: str) -> None:
-    """Make the views `chosen` and `judged`: what a recipe goes on with, and its held-out part.
+    """Make the views `chosen`, `judged` and `texts`: what a recipe goes on with.
 
     `chosen`: the best row of each request, after `select.where`; comes after `generation_ledger`
     where text is made. `judged`: held-out rows in the order of their hashes, up to
-    `evaluate.tokens` scored tokens, one at least.
+    `evaluate.tokens` scored tokens, one at least. `texts`: `judged`, and all that is trained on.
     """
     if books.published is not None:
         books.index.execute(f"CREATE OR REPLACE VIEW chosen AS {_published(books)}")
@@ -90,6 +89,11 @@ def _judge(books: Books) -> None:
         "CREATE OR REPLACE TEMP TABLE judged AS SELECT * FROM chosen WHERE key IN (SELECT "
         "key::UUID FROM kept)"
     )
+    # No UNION ALL of both: what DuckDB groups of one it holds in memory.
+    books.index.execute(
+        "CREATE OR REPLACE VIEW texts AS SELECT * FROM chosen WHERE NOT held_out OR key IN (SELECT "
+        "key FROM judged)"
+    )
 
 
 def text_rows(books: Books) -> pa.Table:
@@ -135,7 +139,6 @@ def target_ledger(
     features = FeatureSql(captured(score.features), teacher_id=teacher_id, places=PLACES)
     if features.columns:
         name_texts(books)
-    _take_part(books, 0, parts=1)
     _view_scored(
         books,
         teacher_id=teacher_id,
@@ -188,17 +191,12 @@ def _view_scored(
     books.index.execute(f"""
         CREATE OR REPLACE VIEW scored AS
         WITH
-        texts AS NOT MATERIALIZED (
-            SELECT * FROM judged
-            UNION ALL
-            SELECT * FROM chosen WHERE NOT held_out
-        ),
         -- Equal tokens are scored once: as what is judged on, which is never trained on.
         requests AS NOT MATERIALIZED (
             SELECT tokens_key, coalesce(min(key) FILTER (held_out), min(key)) AS key,
                 any_value(tokens) AS tokens, any_value(scored) AS scored,
                 bool_or(held_out) AS held_out, count(*) AS texts
-            FROM texts WHERE {_PART} {asked} GROUP BY tokens_key
+            FROM texts WHERE true {asked} GROUP BY tokens_key
         ),
         -- The teacher's stored rows of each text: the best one for either purpose, and what the
         -- nearest one lacks.
@@ -208,7 +206,7 @@ def _view_scored(
                 {lacks(trained, bits, engine)} AS trained_lacks,
                 {best(judged, bits, engine)} AS reference,
                 {lacks(judged, bits, engine)} AS reference_lacks
-            FROM soft_targets WHERE teacher_id = '{teacher_id}' AND {_PART} GROUP BY tokens_key
+            FROM soft_targets WHERE teacher_id = '{teacher_id}' GROUP BY tokens_key
         ),
         -- What this teacher, reading as many tokens at once, could not score.
         -- With features, of the rows that have some: what fails with them may be had without.
@@ -251,23 +249,12 @@ class _Count(NamedTuple):
 
 
 def _counts(books: Books, feature_bytes: str) -> Iterator[_Count]:
-    """What `scored` holds, by parts to bound memory; `feature_bytes`: SQL of what a row lacks."""
-    ((stored,),) = books.index.rows("SELECT count(*) FROM generations")
-    parts = 1 + stored // PART_ROWS
-    for part in range(parts):
-        _take_part(books, part, parts=parts)
-        rows = books.index.rows(f"""
-            SELECT target IS NOT NULL, complete, fewer, reason, lacks, held_out, count(*),
-                sum(scored)::BIGINT, sum(texts)::BIGINT, sum({feature_bytes})::BIGINT
-            FROM scored GROUP BY ALL""")
-        yield from (_Count(*row) for row in rows)
-    _take_part(books, 0, parts=1)
-
-
-def _take_part(books: Books, part: int, *, parts: int) -> None:
-    """Let `scored` show the tokens of one part only."""
-    books.index.execute(f"SET VARIABLE parts = {parts}")
-    books.index.execute(f"SET VARIABLE part = {part}")
+    """What `scored` holds; `feature_bytes`: SQL of what a row lacks."""
+    for row in books.index.rows(f"""
+        SELECT target IS NOT NULL, complete, fewer, reason, lacks, held_out, count(*),
+            sum(scored)::BIGINT, sum(texts)::BIGINT, sum({feature_bytes})::BIGINT
+        FROM scored GROUP BY ALL"""):
+        yield _Count(*row)
 
 
 def target_rows(books: Books) -> pa.Table:
@@ -372,9 +359,6 @@ def _request_key(teacher_id: str, row: Mapping[str, Any], asked: Sequence[Featur
     """Key of a request; with features it is another, as one that fails may do without them."""
     target = target_key(teacher_id, row["tokens_key"])
     return captured_key(target, capture_id(teacher_id, asked)) if _missing(row, asked) else target
-
-
-_PART = "hash(tokens_key) % getvariable('parts') = getvariable('part')"
 
 
 def _selected(books: Books, condition: str) -> pa.Table:

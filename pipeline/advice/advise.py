@@ -28,8 +28,11 @@ def advise(
     found = [*stored(recipe, stages), *trained(recipe, records)]
     if evaluation is None:
         return found
-    prompts = (stages.get("data") or {}).get("rows")
-    return [*found, *judged(recipe, evaluation, prompts=prompts)]
+    judgements = list(judged(recipe, evaluation, prompts=(stages.get("data") or {}).get("rows")))
+    if any(one.name == "learned_nothing" for one in judgements):
+        # Its curve began as it went on: one number for the rate is enough.
+        found = [one for one in found if (one.name, one.about) != ("rate_too_low", "student")]
+    return found + judgements
 
 
 def of_report(report: Mapping[str, Any]) -> list[Advice]:

@@ -28,7 +28,8 @@ def judged(
     """
     turned = list(_angles(recipe, evaluation))
     yield from turned
-    yield from _unmoved(recipe, evaluation)
+    unmoved = list(_unmoved(recipe, evaluation))
+    yield from unmoved
     differences = evaluation.get("differences") or {}
     other = next((arm for arm in _WORDS if arm in differences), None)
     if other is None:
@@ -38,6 +39,8 @@ def judged(
     if measure is None or evaluation["results"][other].get(measure) is None:
         return
     if _is_worse(evaluation, other, measure):
+        if unmoved:  # that is why, and slower steps would teach it less still
+            return
         # Targets that lead elsewhere are why; slower steps would lead there as well.
         remedy = _nearer(recipe) if turned else _slower(recipe)
         yield _worse(evaluation, other, measure, remedy)

@@ -224,7 +224,7 @@ def _how_many(found: "Rescored") -> str:
     matrices = features.matrices if features else []
     if wrong := sum(matrix.off > 0 for matrix in matrices):
         what = some_are(wrong, len(matrices), "matrix", "matrices")
-        said.append(f"{what} not what they were made of")
+        said.append(f"{what} not what the teacher has")
     return ", ".join(said)
 
 

@@ -258,7 +258,8 @@ def _plan_stored(recipe: Recipe, plan: Plan, books: Books) -> None:
         )
         plan.stages.append(_line("generate", ledger))
         plan_endpoint(recipe, plan.stages[-1])
-        unwritten = ledger.pending, pending_held_out(books)
+        if plan.stages[-1].state == "to do":  # where a budget is spent, nobody writes the rest
+            unwritten = ledger.pending, pending_held_out(books)
     choose_generations(books, author_id=binding.author_id)
     if TASKS[recipe.run.task].labelled and data.state == "done":
         refuse_without_labels(recipe, books.labels())

@@ -43,7 +43,8 @@ def add_unwritten(
 
 def space_notes(recipe: Recipe, plan: Plan) -> list[str]:
     """What to say where the store's disk may be full before all rows are made."""
-    root, needed = open_files(recipe.storage.dir).root, sum(s.bytes_to_do for s in plan.stages)
+    root = open_files(recipe.storage.dir).root
+    needed = sum(line.bytes_to_do for line in plan.stages if line.state != "done")
     if not isinstance(root, Path):  # of an object store nobody knows what is left
         return []
     folder = next(path for path in (root, *root.absolute().parents) if path.is_dir())

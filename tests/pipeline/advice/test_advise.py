@@ -168,6 +168,15 @@ def test_each_fires_on_a_planted_case(
     assert set(found[0].json()) == {"name", "about", "found", "reason", "do"}
 
 
+def test_of_a_student_that_learned_nothing_one_advice_is_enough() -> None:
+    """It is worse for that, and its curve did not move either."""
+    run = good()
+    with_start(0.3122)(run)
+    with_gap(0.2, 0.005)(run)
+    with_curve(curve(lambda done: 3.0 - 0.02 * done, noise=0.002))(run)
+    assert [one.name for one in advised(run)] == ["learned_nothing"]
+
+
 def test_every_line_of_the_table_has_a_planted_case() -> None:
     assert {name for name, _, _ in PLANTED} == set(RULES)
 

@@ -116,6 +116,6 @@ def test_deep_verification_compares_matrices_with_what_they_were_made_of(
     assert deep["features"]["off"] == []
     if changed:
         assert off == {"embeddings": (1, "row 5, column 3"), "projection": (1, "row 2, column 1")}
-        assert "2 of 2 matrices are not what they were made of" in " ".join(done.stdout.split())
+        assert "2 of 2 matrices are not what the teacher has" in " ".join(done.stdout.split())
     else:
         assert off == {"embeddings": (0, ""), "projection": (0, "")}

@@ -6,7 +6,9 @@ Every prompt becomes one row, whatever it does, and no answer is paid for twice.
 from collections import Counter, deque
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from endpoint_server import KEY, Endpoint, answer_to, endpoint
@@ -204,6 +206,9 @@ def test_training_goes_on_with_a_part_only_where_the_recipe_says_so(
         plan = told("plan", recipe, *accepted)["stages"]
         assert (plan["generate"]["state"], plan["train"]["state"]) == ("done", "done")
         assert plan["generate"]["pending"] == 24 - stopped["stages"]["generate"]["rows"]
+        with patch("shutil.disk_usage", return_value=SimpleNamespace(free=0)):
+            said = told("plan", recipe, *accepted)["notes"]
+        assert not any(note.startswith("disk:") for note in said), "nobody writes the rest"
         stillroom("run", recipe, "--set", "generate.max_tokens_total=100000")
     assert set(served.calls.values()) == {1}
 

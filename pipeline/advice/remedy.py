@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from ...stages.recipe.checks.together import check_together
+from ...stages.recipe.engines import ENGINES, USUAL_ENTRIES
 from ...stages.recipe.kinds import KINDS, Score
 from ...stages.recipe.sections import Recipe
 
@@ -28,7 +29,8 @@ class Remedy:
     def words(self) -> str:
         """It as a recipe spells it."""
         found = " and ".join(f"{path}: {value}" for path, value in self.changes.items())
-        return found + (f", without {' and '.join(self.without)}" * bool(self.without)) + self.why
+        without = f", without {' and '.join(self.without)}" if self.without else ""
+        return found + without + self.why
 
     def of(self, recipe: Mapping[str, Any]) -> dict[str, Any]:
         """A recipe that follows it."""
@@ -47,9 +49,14 @@ class Remedy:
 def more_entries(
     recipe: Mapping[str, Any], changes: Mapping[str, Any], *, why: str = ""
 ) -> list[Remedy]:
-    """Ways to have more entries; where text is written with fewer, that must keep as many too."""
+    """Ways to have more entries; where text is written with fewer, that must keep as many too.
+
+    Of an endpoint no more than the usual entries are asked.
+    """
     alone = Remedy(changes=changes, why=why)
-    if not (recipe.get("generate") or {}).get("keep"):
+    generate = recipe.get("generate") or {}
+    remote = any(kind.remote and kind.name == generate.get("engine") for kind in ENGINES)
+    if not generate.get("keep") or (remote and changes["score.k"] > USUAL_ENTRIES):
         return [alone]
     too = {"generate.keep.k": changes["score.k"]}
     return [alone, Remedy(changes={**changes, **too}, why=why)]

@@ -98,7 +98,7 @@ def launch(
     )
     found: dict[str, Any] = {"run_dir": opening.recipe.run.dir, "jobs": []}
     todo = jobs(opening, training=())
-    options = {"--workers": workers, "--ranks": ranks, "--nodes": nodes}
+    options = {"--workers": workers, "--gpus": gpus, "--ranks": ranks, "--nodes": nodes}
     for said in unused(todo, options) if todo else ():
         print_for_people(said)
     if not todo:

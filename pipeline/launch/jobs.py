@@ -133,6 +133,8 @@ def unused(found: Sequence[Job], given: Mapping[str, object]) -> list[str]:
     names = {job.name for job in found}
     of = {
         "--workers": ("workers", "there is nothing left that workers could share"),
+        # 0 is no such case: it counts for the training too.
+        "--gpus": ("workers", "there is nothing left that workers could share"),
         "--ranks": ("train", "there is nothing left to train"),
         "--nodes": ("train", "there is nothing left to train"),
     }

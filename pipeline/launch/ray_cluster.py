@@ -8,7 +8,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -69,10 +69,10 @@ def launch_on_ray(launch: Launch, asked: Asked, *, quiet: bool) -> dict[str, Any
         Screen(sys.stderr, quiet=quiet) as screen,
         _heard() as signals,
     ):
-        shared = any(job.name == "workers" for job in todo)
-        places = _places(ray, launch, asked, shared=shared)
+        there = {job.name for job in todo}
+        places = _places(ray, launch, asked, there)
         begin(launch.recipe)
-        screen.say(f"ray: {_sizes(places, shared=shared)}")
+        screen.say(f"ray: {_sizes(places, there)}")
         watch = Watch(launch.recipe, launch.plan, screen, names)
         for job in todo:
             began = time.monotonic()
@@ -154,37 +154,43 @@ def _cpus_needed(launch: Launch, asked: Asked) -> int:
     return workers_asked(launch.recipe, asked.workers) or 1
 
 
-def _places(ray: Any, launch: Launch, asked: Asked, *, shared: bool) -> Places:
+def _places(ray: Any, launch: Launch, asked: Asked, there: Collection[str]) -> Places:
     """How the jobs are laid on the cluster.
 
-    `shared`: whether there is a job that many workers share.
+    `there`: the names of the jobs; nothing is asked of one that is not there.
 
     Raises:
         UsageError: no node has as many GPUs as one worker, or the training, was asked to have.
     """
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     found = [int(node.get("GPU", 0)) for node in nodes]
-    on_cpus = asked.gpus == 0 or (asked.gpus is None and not any(found))
-    each = gpus_each(launch.recipe, asked.gpus) if shared and not on_cpus else asked.gpus or 0
+    most = max(found, default=0)
+    # A number of GPUs is one of each worker's, but 0 says of all jobs that they have none.
+    gpus = asked.gpus if "workers" in there or asked.gpus == 0 else None
+    on_cpus = gpus == 0 or (gpus is None and not most)
+    each = gpus_each(launch.recipe, gpus) if "workers" in there and not on_cpus else 0
     fit = sum(count // each for count in found) if each else 1
     workers = workers_asked(launch.recipe, asked.workers) or max(1, fit)
-    ranks = 0 if on_cpus else ranks_asked(launch.recipe, asked.ranks) or max(found)
+    trains = "train" in there and not on_cpus
+    ranks = (ranks_asked(launch.recipe, asked.ranks) or most) if trains else 0
     for what, count in (("a worker", each), ("the training", ranks)):
-        if count > max(found, default=0):
-            most = counted(max(found, default=0), "GPU")
+        if count > most:
             raise UsageError(
                 f"launch: {what} is to have {counted(count, 'GPU')}, and no node of the cluster "
-                f"has more than {most}. Give --gpus and --ranks, or 0 for CPUs."
+                f"has more than {counted(most, 'GPU')}. Give --gpus and --ranks, or 0 for CPUs."
             )
     cpus = int(sum(node.get("CPU", 0) for node in nodes))
     threads = max(1, cpus // workers)
     return Places(workers=workers, gpus=each, ranks=ranks, threads=threads)
 
 
-def _sizes(places: Places, *, shared: bool) -> str:
-    if not shared:
+def _sizes(places: Places, there: Collection[str]) -> str:
+    if "workers" not in there:
+        none = "no workers, for there is nothing that they could share"
+        if "train" not in there:
+            return none
         on = f"on {counted(places.ranks, 'GPU')}" if places.ranks else "on CPUs"
-        return f"no workers, for there is nothing that they could share; the training {on}"
+        return f"{none}; the training {on}"
     on = f"{counted(places.gpus, 'GPU')} each" if places.gpus else "on CPUs"
     return f"{counted(places.workers, 'worker')}, {on}"
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ...stages.engines.api_key import api_key
-from ...stages.recipe.engines import Generate
+from ...stages.recipe.engines import USUAL_ENTRIES, Generate
 from ...stages.recipe.sections import Recipe
 from ...stages.recipe.stages import needed
 from ...stages.workers.answers import Answers, Tokens, answers_dir, read_answers
@@ -15,9 +15,6 @@ from ...storage.store.served import served_by
 from ...storage.store.store import Store
 from ...storage.words import counted
 from .lines import Plan, StagePlan
-
-USUAL_ENTRIES = 20
-"""Of a token, that OpenAI's API gives at most, and a server of vLLM that was told nothing else."""
 
 
 def endpoint_of(recipe: Recipe) -> Generate | None:

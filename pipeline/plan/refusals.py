@@ -71,11 +71,12 @@ def refuse_all_aside(recipe: Recipe, prompts: int) -> None:
     if train is None or train.evaluate_every_tokens is None or train.snapshot is not None:
         return
     if prompts <= train.validation_prompts:
+        aside = counted(train.validation_prompts, "prompt is", "prompts are")
+        there = f"there {'is' if prompts == 1 else 'are'} {prompts:,} to train on"
+        fewer = f"Set it to less than {prompts:,} (a tenth is usual), or leave"
         raise UsageError(
-            f"train.validation_prompts: {train.validation_prompts} of the "
-            f"{counted(prompts, 'prompt')} to train on are to be set aside, which leaves nothing "
-            f"to train on. Set it to less than {prompts} (a tenth is usual), or leave "
-            "train.evaluate_every_tokens out."
+            f"{aside} to be set aside (train.validation_prompts), and {there}. "
+            f"{fewer if prompts > 1 else 'Leave'} train.evaluate_every_tokens out."
         )
 
 

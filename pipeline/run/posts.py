@@ -116,10 +116,12 @@ def _crowd(workers: Sequence[Mapping[str, str]], setting: str) -> str:
     threads, there = threads_of(workers), cores()
     if threads <= there:
         return ""
-    lower = f"Set compute.{setting} to {there} or less"
-    if THREADS in os.environ:  # which nobody here has decided
-        lower += f", {THREADS} (now {os.environ[THREADS]}) to {max(1, there // len(workers))}"
+    several = len(workers) > there
+    lower = [f"compute.{setting} to {there} or less"] if several else []
+    own = os.environ.get(THREADS)  # the user has set it; else the cores are shared out
+    if own is not None and not (several and own == "1"):
+        lower.append(f"{THREADS} (now {own}) to {max(1, there // len(workers))}")
     return (
         f", with {counted(threads, 'thread')} on {counted(there, 'core')}: they wait for one "
-        f"another. {lower}"
+        f"another. Set {' and '.join(lower)}"
     )

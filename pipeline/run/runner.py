@@ -221,14 +221,13 @@ def prepare(recipe: Recipe, plan: Plan) -> None:
     Raises:
         StillroomError: one of them cannot be written; neither was made then.
     """
-    logs = logs_of(recipe)
-    made = [folder for folder in (logs, *logs.parents) if not folder.exists()]
+    made: list[Path] = []
     try:
-        _make_logs(recipe)
+        _make_logs(recipe, made)
         store = Store.open(recipe.storage.dir, create=True)
     except StillroomError:
-        with suppress(OSError):  # one is not empty: somebody else works there
-            for folder in made:
+        for folder in made:
+            with suppress(OSError):  # it was never made, or somebody else works there
                 folder.rmdir()
         raise
     FileHashes(recipe.storage.dir, remember=True).keep()
@@ -240,9 +239,12 @@ def prepare(recipe: Recipe, plan: Plan) -> None:
             write_down(one.recipe, one.bound.binding)
 
 
-def _make_logs(recipe: Recipe) -> None:
+def _make_logs(recipe: Recipe, made: list[Path]) -> None:
+    """`made` is told the folders that were not there, the innermost first."""
+    logs = logs_of(recipe)
     try:
-        logs_of(recipe).mkdir(parents=True, exist_ok=True)
+        made += [folder for folder in (logs, *logs.parents) if not folder.exists()]
+        logs.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         why = (
             f"run.dir: {recipe.run.dir} cannot be written ({error.strerror}). Name another folder."

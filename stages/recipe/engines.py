@@ -71,6 +71,8 @@ ONLY_SPEED = frozenset(
 writes."""
 SCORING = ONLY_SPEED - {"batch_size"}
 """What `score.engine_args` may name."""
+USUAL_ENTRIES = 20
+"""Of a token, that OpenAI's API gives at most, and a server of vLLM that was told nothing else."""
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Ranks of adapters that vLLM makes room for."""
 

@@ -320,8 +320,9 @@ class _Import:
         self._done.rejected[error.reason] = self._done.rejected.get(error.reason, 0) + 1
 
     def _refuse_empty(self, *, rejected: int) -> None:
+        of = "" if rejected == 1 else ", the first"
         why = (
-            f"{all_were(rejected, 'row')} rejected, the first for: {self._first_error}"
+            f"{all_were(rejected, 'row')} rejected{of} for: {self._first_error}"
             if rejected
             else "it holds no rows."
         )

@@ -22,6 +22,7 @@ from kit import last_json, prompts, recipe_tree, stillroom, told, write_jsonl, w
 from tiny_llama import save_tiny_llama
 
 from stillroom.pipeline.advice.advise import advise, of_report
+from stillroom.pipeline.advice.remedy import more_entries
 from stillroom.pipeline.advice.table import RULES, Advice
 from stillroom.pipeline.report.report import load_report, page
 from stillroom.stages.recipe.load import load_recipe, recorded
@@ -317,6 +318,16 @@ def test_targets_that_lead_elsewhere_are_why_a_student_is_worse() -> None:
     angle, worse = advised(run)
     assert worse.name == "worse"
     assert worse.do == angle.do
+
+
+def test_an_endpoint_is_asked_for_no_more_entries_than_it_gives() -> None:
+    """Nor is its text read again: no more entries are advised than twenty."""
+    endpoint: dict[str, Any] = {"engine": "openai", "keep": {"k": 5}}
+    for engine, most in ((endpoint, 20), (endpoint | {"engine": "hf"}, 160)):
+        for k in (20, 160):
+            found = more_entries({"generate": engine}, {"score.k": k})
+            kept = [one.changes.get("generate.keep.k") for one in found]
+            assert kept == ([None, k] if k <= most else [None])
 
 
 def test_shards_of_more_entries_say_nothing_of_fewer() -> None:

@@ -342,6 +342,11 @@ def test_a_missing_column_and_a_missing_teacher_are_named(
         match="nothing to import: all 40 rows were rejected, the first for: column values",
     ):
         imported(asked(columns=replace(COLUMNS, kind="probs"), skip_bad=True))
+    one = asked(columns=replace(COLUMNS, kind="probs"), skip_bad=True)
+    source = Path(one.source)
+    source.write_text(source.read_text().splitlines()[0])
+    with pytest.raises(UsageError, match="the only row was rejected for: column values"):
+        imported(one)
     with pytest.raises(UsageError, match=r"^SOURCE: nothing to read at .*/none\.jsonl"):
         imported(replace(asked(), source="/nowhere/none.jsonl"))
     assert not Path(asked().store).exists()

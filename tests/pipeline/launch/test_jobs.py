@@ -1,12 +1,15 @@
 """Which jobs a run is, by what its plan says is to do."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from kit import recipe_tree
 
 from stillroom.pipeline.launch.jobs import Launch, gpus_each, jobs
+from stillroom.pipeline.launch.ray_cluster import _places
+from stillroom.pipeline.launch.slurm import Asked
 from stillroom.pipeline.plan.lines import Plan, StagePlan, State
 from stillroom.stages.recipe.sections import Recipe
 from stillroom.storage.errors import UsageError
@@ -63,3 +66,29 @@ def test_a_worker_has_the_gpus_that_its_engine_needs(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"--gpus: 2, but .* needs 4\."):
         gpus_each(launch(tmp_path, TO_DO, generate=four).recipe, 2)
     assert gpus_each(launch(tmp_path, TO_DO).recipe, None) == 1
+
+
+@pytest.mark.parametrize(
+    ("there", "asked", "found"),
+    [
+        ({"prompts", "workers"}, Asked(ranks=8), (4, 1, 0)),
+        ({"train"}, Asked(gpus=8), (0, 0, 4)),
+        ({"train"}, Asked(gpus=0), (0, 0, 0)),
+        ({"workers", "train"}, Asked(gpus=2, ranks=4), (2, 2, 4)),
+        ({"workers", "train"}, Asked(ranks=8), "the training is to have 8 GPUs"),
+        ({"workers"}, Asked(gpus=8), "a worker is to have 8 GPUs"),
+    ],
+)
+def test_a_cluster_is_asked_for_what_the_jobs_that_are_there_need(
+    tmp_path: Path, there: set[str], asked: Asked, found: tuple[int, int, int] | str
+) -> None:
+    nodes = [{"Alive": True, "Resources": {"CPU": 16.0, "GPU": 4.0}}]
+    ray = SimpleNamespace(nodes=lambda: nodes)
+    opening = launch(tmp_path, TO_DO)
+    if isinstance(found, str):
+        with pytest.raises(UsageError, match=found):
+            _places(ray, opening, asked, there)
+    else:
+        places = _places(ray, opening, asked, there)
+        workers = places.workers if "workers" in there else 0
+        assert (workers, places.gpus, places.ranks) == found

@@ -198,10 +198,12 @@ def test_what_is_done_is_not_submitted(
 ) -> None:
     """Nor is anything asked of it: neither how many workers, nor how many GPUs each has."""
     stillroom("run", recipe, "--until", "score")
-    for words in ((), ("--workers", 1)):
+    for words in ((), ("--workers", 1), ("--gpus", 2)):
         done = launched(recipe, *words)
         assert [job["name"] for job in last_json(done)["jobs"]] == ["train"]
-        assert ("--workers: not used" in done.stdout) == bool(words)
+        assert [f"{one}: not used" in done.stdout for one in ("--workers", "--gpus")] == [
+            one in words for one in ("--workers", "--gpus")
+        ]
     spread = ("--set", "teacher.device_map=auto", "--dry-run")
     assert list(last_json(launched(recipe, *spread))["scripts"]) == ["train.sh", "submit.sh"]
     ray = stillroom("launch", recipe, "--on", "ray", *spread).stdout

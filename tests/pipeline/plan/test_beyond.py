@@ -69,7 +69,8 @@ def test_nothing_is_set_aside_that_leaves_nothing_to_train_on(recipe: Path) -> N
         for count in (8, 64):
             more = settings([f"train.validation_prompts={count}"])
             said = stillroom("plan", recipe, *validated, *more, expect=2).stderr
-            assert f"train.validation_prompts: {count} of the 8 prompts" in said
+            aside = f"{count} prompts are to be set aside (train.validation_prompts), and there are"
+            assert f"{aside} 8 to train on. Set it to less than 8" in said
         told("plan", recipe, *validated, *settings(["train.validation_prompts=7"]))
         told("plan", recipe)  # nobody is set aside
 
@@ -98,7 +99,9 @@ def test_more_threads_than_cores_are_said(recipe: Path, monkeypatch: pytest.Monk
         (None, 4, None),
         (None, 9, "with 9 threads on 4 cores: they wait for one another. Set compute.{} to 4 or"),
         ("1", 4, None),
-        ("4", 2, "with 8 threads on 4 cores: they wait for one another. Set compute.{} to 4 or"),
+        ("4", 2, "with 8 threads on 4 cores: they wait for one another. Set OMP_NUM_THREADS (now"),
+        ("1", 9, "Set compute.{} to 4 or less"),
+        ("4", 9, "Set compute.{} to 4 or less and OMP_NUM_THREADS (now 4) to 1"),
         ("no number", 9, None),
     ):
         monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
@@ -109,4 +112,5 @@ def test_more_threads_than_cores_are_said(recipe: Path, monkeypatch: pytest.Monk
             (note,) = [note for note in notes if note.startswith(f"{stage}: {count} ")]
             assert ("threads" in note) == (said is not None), note
             assert said is None or said.format(name) in note
-            assert ("OMP_NUM_THREADS (now 4) to 2" in note) == (own == "4")
+            assert ("OMP_NUM_THREADS" in note) == (own == "4")
+            assert ("OMP_NUM_THREADS (now 4) to 2" in note) == (own == "4" and count == 2)

@@ -22,6 +22,8 @@ REFUSED = {
         f"generate={{{{engine: openai, base_url: '{HERE}', model: m, api_key_env: NONE}}}}",
     ),
     "a run folder": ("run", "run.dir={box}/p.jsonl/run"),
+    "a run folder's long name": ("run", f"run.dir={{box}}/{'n' * 300}"),
+    "such a name in a new folder": ("run", f"run.dir={{box}}/new/{'n' * 300}"),
     "a store": ("run", "storage.dir={box}/p.jsonl/store"),
     "a source of rows": ("run", "storage.sources=[{box}/none]"),
     "a training before its rows": ("train", "run.seed=1"),

@@ -122,16 +122,30 @@ def train(
         rank = _Rank(ranks, screen, log)
         try:
             outcome = None
-            if ranks.first:
-                outcome = rank.lead(recipe)
-            else:
-                rank.follow()
+            with lost_in_words(ranks):
+                if ranks.first:
+                    outcome = rank.lead(recipe)
+                else:
+                    rank.follow()
         except StillroomError as error:
             if isinstance(error, SaidElsewhere) or ranks.speaks():
                 raise
             raise SaidElsewhere(error.exit_code) from error
     ranks.close()
     return outcome
+
+
+@contextmanager
+def lost_in_words(ranks: Ranks) -> Iterator[None]:
+    """What only means that another rank is gone or hangs is said as an error of Stillroom's."""
+    try:
+        yield
+    except StillroomError:
+        raise
+    except Exception as error:
+        if (lost := ranks.lost(error)) is None:
+            raise
+        raise StillroomError(f"train: {lost}.") from error
 
 
 @contextmanager

@@ -50,14 +50,17 @@ STAGES = (
 )
 
 
-MOST = 1024
-"""Processes of a stage on one machine: more is a slip of the pen."""
+MOST_WORKERS, MOST_PROCESSES = 100_000, 1024
+"""Workers of a whole cluster, and processes that train together: more is a slip of the pen."""
 
 
-def _some(count: Any) -> Any:
-    if count != "auto" and (type(count) is not int or not 1 <= count <= MOST):
-        raise ValueError(f"must be auto, or a whole number from 1 to {MOST} (got {count!r})")
-    return count
+def _to(most: int) -> BeforeValidator:
+    def some(count: Any) -> Any:
+        if count != "auto" and (type(count) is not int or not 1 <= count <= most):
+            raise ValueError(f"must be auto, or a whole number from 1 to {most} (got {count!r})")
+        return count
+
+    return BeforeValidator(some)
 
 
 class Compute(Section):
@@ -66,10 +69,10 @@ class Compute(Section):
     It decides how fast, and nothing of what is made: it is in no hash.
     """
 
-    workers: Annotated[int | Literal["auto"], BeforeValidator(_some)] = "auto"
+    workers: Annotated[int | Literal["auto"], _to(MOST_WORKERS)] = "auto"
     """Processes that write, and then score, side by side. auto: one for each GPU that is visible,
     or for each group of them where the engine needs several; without a GPU one."""
-    processes: Annotated[int | Literal["auto"], BeforeValidator(_some)] = "auto"
+    processes: Annotated[int | Literal["auto"], _to(MOST_PROCESSES)] = "auto"
     """Processes that train a student together, and then judge it. auto: one for each GPU that is
     visible; without a GPU one."""
     sharding: Literal["auto", "ddp", "fsdp2"] = "auto"

@@ -158,7 +158,7 @@ class Ranks:
         if self.count > 1:
             from torch import distributed
 
-            self._come()
+            self.come()
             distributed.all_reduce(tensor)
         return tensor
 
@@ -169,7 +169,7 @@ class Ranks:
         import torch
         from torch import distributed
 
-        self._come()
+        self.come()
         largest = torch.tensor([number])  # on the CPU: it waits for no kernel
         distributed.all_reduce(largest, distributed.ReduceOp.MAX)
         return int(largest)
@@ -184,7 +184,7 @@ class Ranks:
             return [what]
         from torch import distributed
 
-        self._come()
+        self.come()
         found: list[Any] = [None] * self.count
         distributed.all_gather_object(found, what)
         return found
@@ -195,7 +195,7 @@ class Ranks:
             return what
         from torch import distributed
 
-        self._come()
+        self.come()
         told = [what]
         distributed.broadcast_object_list(told, src=0)
         return told[0]
@@ -222,7 +222,8 @@ class Ranks:
     def each(self, work: Callable[[], Any]) -> list[Any]:
         """What `work` gives each rank, by its number, however long it takes some of them.
 
-        Where it raises a StillroomError on one, all raise it.
+        Where it raises a StillroomError on one, all raise it once all have come. Where it raises
+        anything else, all that listen then raise Lost; another finds that it lost the others.
         """
         found, failed = None, None
         with self._by_itself():
@@ -241,7 +242,7 @@ class Ranks:
         """What `work` gives the first rank, as JSON.
 
         The others do none of it and wait however long it takes. Where it raises a StillroomError,
-        all raise one.
+        all that listen then raise one; another finds that it lost the others.
         """
         found = None
         if self.first:
@@ -253,7 +254,8 @@ class Ranks:
         """What `work` gives this rank, where those of a machine do it one after another.
 
         Machines work side by side, and the ranks wait until all have done it. Where it raises a
-        StillroomError on one, all raise one, and none begins.
+        StillroomError on one, no other of its machine begins, and all that listen then raise one;
+        another finds that it lost the others.
         """
         if self.count == 1:
             return work()
@@ -364,7 +366,8 @@ class Ranks:
         asking.join(_SPEAK_SECONDS)
         return not found or found[0] == str(self.rank).encode()
 
-    def _come(self) -> None:
+    def come(self) -> None:
+        """Say that this rank is at a meeting: before each collective, or it looks like a hang."""
         if self._watch is not None:
             self._watch.come(further=True)
 

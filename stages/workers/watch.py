@@ -3,7 +3,7 @@
 A collective that waits too long names nobody, and NCCL ends the process before Python hears of it.
 So a thread of each rank writes into the store where they met that its process lives, how often the
 rank has come to a meeting, and which line it is at. Where a rank has waited for nearly as long as a
-collective does, its thread compares what all have written.
+collective does, a second thread of it compares what all have written.
 
 Some work takes one rank longer than a collective waits, as where it saves the student. The others
 wait for that outside of a collective, for as long as it computes, which its signs say too.
@@ -28,9 +28,10 @@ LOOKS = 20
 FIRST, LAST = 0.5, 0.9
 """Shares of that time: from when on signs of life are read, and when they are judged."""
 COMPUTES = 1 / 500
-"""Of that time, seconds of a processor that a rank at work takes at least.
+"""Of that time, seconds of a processor that a rank at work takes at least until it is judged.
 
-A process that hangs takes less, where threads that serve the ranks are left out.
+Where a collective waits ten minutes, that is 1.2 seconds in nine. A process that hangs takes less,
+where threads that serve the ranks are left out.
 """
 NO_SIGN = "its process has shown no sign of life"
 _LOOK_SECONDS = 0.2
@@ -79,7 +80,7 @@ class Watch:
         """`store`: torch's, a connection of its own, so that nobody else waits for it."""
         self._store, self._rank, self._count, self._seconds = store, rank, count, seconds
         self._process = f"process {os.getpid()} on {socket.gethostname()}"
-        self._meetings = self._beats = 0
+        self._meetings = self._beats = self._moves = 0
         self._moved = self._answered = time.monotonic()
         self._signs: Mapping[int, Sign] = {}
         self._before: Mapping[int, Sign] | None = None
@@ -87,7 +88,7 @@ class Watch:
         self._last: dict[int, tuple[Sign, float]] = {}
         self.serve: Collection[str] = ()
         """Threads that go on where the rank hangs: the watch, the store, torch's connections."""
-        self._over = threading.Event()
+        self._over, self._move = threading.Event(), threading.RLock()
         self.suspicion: Suspicion | None = None
         """Since the last meeting."""
 
@@ -110,18 +111,22 @@ class Watch:
     def come(self, *, further: bool) -> None:
         """The rank is at a meeting, a `further` one or still before the next; it does not hang."""
         self._meetings += further
-        self._moved, self._before, self.suspicion = time.monotonic(), None, None
+        with self._move:
+            self._moved, self._before, self.suspicion = time.monotonic(), None, None
+            self._moves += 1  # last: whoever reads it finds the rest as new
 
     @contextmanager
     def does(self, what: Does) -> Iterator[None]:
         """The rank works by itself, or waits for one that does."""
-        self.come(further=False)
-        self._last, self._does = {}, what
+        with self._move:
+            self._last, self._does = {}, what
+            self.come(further=False)
         try:
             yield
         finally:
-            self.come(further=False)
-            self._does = "meets"
+            with self._move:
+                self._does = "meets"
+                self.come(further=False)
 
     def until(self, ask: Callable[[], T]) -> T:
         """What `ask` gives, however long it waits for the others, while those work.
@@ -149,13 +154,17 @@ class Watch:
     def _waited(self) -> str:
         return f"{LAST * self._seconds:.0f} s"
 
-    def _pauses(self) -> Iterator[float]:
-        """After each pause, the share of a collective's time that the rank has waited."""
+    def _pauses(self) -> Iterator[tuple[int, float]]:
+        """After each pause, the moves so far and how long the rank has waited since.
+
+        That is a share of a collective's time.
+        """
         while not self._over.wait(self._seconds / LOOKS):
-            yield (time.monotonic() - self._moved) / self._seconds
+            moves = self._moves
+            yield moves, (time.monotonic() - self._moved) / self._seconds
 
     def _ask(self) -> None:
-        for waited in self._pauses():
+        for _, waited in self._pauses():
             try:
                 self._write()
                 if waited >= FIRST or self._does == "waits":
@@ -184,7 +193,7 @@ class Watch:
         return {rank: Sign(**json.loads(self._store.get(name))) for rank, name in there.items()}
 
     def _judge(self) -> None:
-        for waited in self._pauses():
+        for moves, waited in self._pauses():
             found: Suspicion | None = None
             if self.suspicion is not None or self._does == "works":
                 pass  # a rank at work waits for nobody
@@ -197,10 +206,15 @@ class Watch:
                 before = self._before = self._before or signs
                 if waited >= LAST:
                     found = self._judged(before, signs)
-            if found is not None:
+            if found is not None and self._suspects(found, moves) and self._suspect is not None:
+                self._suspect(found)
+
+    def _suspects(self, found: Suspicion, moves: int) -> bool:
+        """Keep what was found, unless the rank has moved meanwhile: then it waits no more."""
+        with self._move:
+            if self._moves == moves:
                 self.suspicion = found
-                if self._suspect is not None:
-                    self._suspect(found)
+            return self._moves == moves
 
     def _idle(self, signs: Mapping[int, Sign]) -> Suspicion | None:
         """Who has done nothing for as long as a collective waits, while this rank waits for it."""
@@ -252,17 +266,19 @@ def moved(last: Sign, sign: Sign, *, least: float) -> bool:
 def suspects(before: Mapping[int, Sign], signs: Mapping[int, Sign]) -> tuple[Sequence[int], str]:
     """Who keeps the others waiting, and the reason.
 
-    It is the strongest reason that singles some of them out. Nobody is named while a rank works by
-    itself, and some wait for it: those judge by what it has done.
+    It is the strongest reason that singles some of them out. While a rank that lives works by
+    itself, and some wait for it, only a process without a sign of life is named: those who wait
+    judge by what the rank has done.
     """
+    stopped = [r for r, sign in signs.items() if r in before and sign.beats == before[r].beats]
+    if 0 < len(stopped) < len(signs):  # whatever it did when it wrote its last sign
+        return stopped, NO_SIGN
     if any(sign.does != "meets" for sign in signs.values()):
         return [], ""
-    stopped = [r for r, sign in signs.items() if r in before and sign.beats == before[r].beats]
     furthest = max(sign.meetings for sign in signs.values())
     behind = [r for r, sign in signs.items() if sign.meetings < furthest]
     at_work = [r for r, sign in signs.items() if not sign.waits]
     for ranks, why in (
-        (stopped, NO_SIGN),
         (behind, "it has not come to where the others wait"),
         (at_work, "it is not where the others wait"),
     ):

@@ -137,10 +137,11 @@ def reshard(root: Root | None) -> None:
 
 
 @torch.no_grad()
-def gather(student: nn.Module, into: nn.Module | None) -> list[str]:
+def gather(student: nn.Module, into: nn.Module | None, come: Callable[[], None]) -> list[str]:
     """Copy what trains of a sharded student, and its averages, into a plain one.
 
     The first rank has the plain one, and all ranks call it: weights come whole one after another.
+    `come` is called before each: nobody hangs who gathers many.
 
     Returns:
         Names of weights that one of both has alone.
@@ -156,6 +157,7 @@ def gather(student: nn.Module, into: nn.Module | None) -> list[str]:
         if name in frozen or not isinstance(tensor, Tensor):
             unlike.discard(name)
             continue
+        come()
         found = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         if name in unlike:
             whole[name].copy_(found)

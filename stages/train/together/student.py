@@ -104,7 +104,7 @@ def made_whole(job: Job, teacher_dir: Path, student: nn.Module) -> nn.Module | N
         plain = initial_student(job.recipe, teacher_dir)
 
     job.ranks.by_first(make)
-    unlike = gather(student, plain)
+    unlike = gather(student, plain, job.ranks.come)
 
     def check() -> None:
         if unlike:

@@ -18,9 +18,10 @@ from meeting import with_faults
 from running import PATIENCE, STARTED, end_started, until
 
 from stillroom.pipeline.run import rank
-from stillroom.pipeline.run.rank import launched
-from stillroom.stages.workers.ranks import free_port
-from stillroom.storage.errors import Noticed, Stopped, UsageError
+from stillroom.pipeline.run.rank import launched, lost_in_words
+from stillroom.stages.workers.ranks import Ranks, free_port
+from stillroom.stages.workers.watch import Lost
+from stillroom.storage.errors import Noticed, StillroomError, Stopped, UsageError
 from stillroom.storage.store.stopping import stopped_by
 
 STEP = {
@@ -76,6 +77,19 @@ def test_a_notice_of_a_scheduler_asks_for_another_start(monkeypatch: pytest.Monk
     monkeypatch.setenv("STILLROOM_REQUEUE", "1")
     assert stopped_by(signal.SIGTERM).exit_code == Noticed.exit_code == 75
     assert stopped_by(signal.SIGINT).exit_code == 130
+
+
+def test_a_rank_that_another_one_is_lost_to_says_so() -> None:
+    ranks = Ranks(rank=1, count=2)
+    with (
+        pytest.raises(StillroomError, match=r"^train: rank 0 hangs\.$") as told,
+        lost_in_words(ranks),
+    ):
+        raise Lost("rank 0 hangs")
+    assert told.value.exit_code == 1
+    for other in (UsageError("data: is wrong"), ValueError("a mistake")):
+        with pytest.raises(type(other), match=str(other)), lost_in_words(ranks):
+            raise other
 
 
 @pytest.fixture(autouse=True)

@@ -56,9 +56,10 @@ def test_a_misspelt_key_is_refused_with_line_and_nearest_key(
         ("score.k=many", "score.k: input should be a valid integer"),
         (
             "compute.workers=0",
-            "compute.workers: must be auto, or a whole number from 1 to 1024 (got 0)",
+            "compute.workers: must be auto, or a whole number from 1 to 100000 (got 0)",
         ),
-        ("compute.workers=1025", "a whole number from 1 to 1024 (got 1025)"),
+        ("compute.workers=100001", "a whole number from 1 to 100000 (got 100001)"),
+        ("compute.processes=1025", "a whole number from 1 to 1024 (got 1025)"),
         ("compute.workers=all", "compute.workers: must be auto, or a whole number"),
         ("compute.processes=two", "compute.processes: must be auto, or a whole number"),
         ("score=64", "score: must be a section, with keys of engine, engine_args, targets, k"),
